@@ -84,20 +84,20 @@ def quant_config(config: dict[str, Any], source: Source) -> QuantConfig:
     name, and for values of a wrong type.
     """
     raw, where = _find(config, source)
-    method = raw.get("quant_method")
+    lower = {key: value.lower() if isinstance(value, str) else value for key, value in raw.items()}
+    method = lower.get("quant_method")
     if not isinstance(method, str):
         raise AwqconvError(
             f"quant_method is {_value(method)}",
             where,
             'If AutoAWQ wrote this model, add "quant_method": "awq".',
         )
-    method = method.lower()
     if method not in ("awq", "awqconv"):
         fix = _METHODS.get(method, _EXPORT)
         raise AwqconvError(f"quant_method {shown(method)!r} is not AWQ", where, fix)
 
     def get(kind: type, default: Any, *keys: str) -> Any:
-        given = [(key, raw[key]) for key in keys if raw.get(key) is not None]
+        given = [(key, lower[key]) for key in keys if lower.get(key) is not None]
         for key, value in given:
             if type(value) is not kind:
                 raise AwqconvError(
@@ -111,14 +111,15 @@ def quant_config(config: dict[str, Any], source: Source) -> QuantConfig:
                 )
         return given[0][1] if given else default
 
+    version = get(str, "gemm", "version", "format", "checkpoint_format")
+    if lower.get("backend") == "llm-awq":
+        version = "llm-awq"
     quant = QuantConfig(
         method=method,
         bits=get(int, 4, "bits", "w_bit"),
         group_size=get(int, 128, "group_size", "q_group_size"),
         zero_point=get(bool, True, "zero_point"),
-        version=_version(raw, get(str, "gemm", "version", "format", "checkpoint_format"))
-        if method == "awq"
-        else get(str, "", "target"),
+        version=version if method == "awq" else get(str, "", "target"),
         modules_to_not_convert=tuple(get(list, [], "modules_to_not_convert")),
         raw=raw,
     )
@@ -128,12 +129,12 @@ def quant_config(config: dict[str, Any], source: Source) -> QuantConfig:
                 f"modules_to_not_convert holds {_value(name)}, not a name", where, "Correct it."
             )
     if quant.bits != 4:
-        raise AwqconvError(f"{quant.bits} bits; only 4 are supported", where, _EXPORT)
+        raise AwqconvError(f"{_value(quant.bits)} bits; only 4 are supported", where, _EXPORT)
     if quant.version != "gemm" and method == "awq":
         raise AwqconvError(f"unsupported AWQ dialect {shown(quant.version)!r}", where, _GEMM)
-    if quant.group_size != -1 and quant.group_size < 1:
+    if quant.group_size != -1 and not 1 <= quant.group_size < 1 << 31:
         raise AwqconvError(
-            f"group_size {_value(quant.group_size)} is neither positive nor -1 (channelwise)",
+            f"group_size {_value(quant.group_size)} is neither -1 (channelwise) nor 1 to 2**31 - 1",
             where,
             "Correct it.",
         )
@@ -145,41 +146,36 @@ def _value(value: object) -> str:
     return "missing" if value is None else shown(repr(value), 60)
 
 
-def _version(raw: dict[str, Any], written: str) -> str:
-    """The dialect in lower case; llm-awq is named by its backend."""
-    return "llm-awq" if str(raw.get("backend")).lower() == "llm-awq" else written.lower()
-
-
 def _find(config: dict[str, Any], source: Source) -> tuple[dict[str, Any], str]:
-    """The object that describes the quantization, and where it stands."""
-    places = {CONFIG: config} | {
-        f"{CONFIG}: {shown(key)}": part
+    """The object that describes the quantization, and where it stands.
+
+    As in transformers, the one at the top counts before any in a part of the config.
+    """
+    parts = [(CONFIG, config)] + [
+        (f"{CONFIG}: {shown(key)}", part)
         for key, part in config.items()
         if key.endswith("_config") and isinstance(part, dict)
-    }
-    found = [
-        (part["quantization_config"], f"{place}: quantization_config")
-        for place, part in places.items()
-        if part.get("quantization_config") is not None
     ]
+    for place, part in parts:
+        if part.get("quantization_config") is not None:
+            raw, where = part["quantization_config"], f"{place}: quantization_config"
+            break
+    else:
+        raw, where = _elsewhere(config, source)
+    if not isinstance(raw, dict):
+        raise AwqconvError(f"it is {_value(raw)}, not an object", where, "Correct it.")
+    return raw, where
+
+
+def _elsewhere(config: dict[str, Any], source: Source) -> tuple[dict[str, Any], str]:
+    """The same where no quantization_config is: in files and keys of other or older tools."""
     files = source.files()
-    if not found:
-        if "compression_config" in config:
-            found = [({"quant_method": "compressed-tensors"}, f"{CONFIG}: compression_config")]
-        elif "quant_config.json" in files:
-            older = read_json(source, "quant_config.json", "Download it again.")
-            found = [({"quant_method": "awq", **older}, "quant_config.json")]
-        elif "quantize_config.json" in files:
-            found = [({"quant_method": "gptq"}, "quantize_config.json")]
-        elif "hf_quant_config.json" in files:
-            found = [({"quant_method": "modelopt"}, "hf_quant_config.json")]
-        else:
-            raise AwqconvError(
-                "the model is not quantized: no quantization_config", CONFIG, _EXPORT
-            )
-    for other, where in found:
-        if not isinstance(other, dict):
-            raise AwqconvError(f"it is {_value(other)}, not an object", where, "Correct it.")
-        if other != found[0][0]:
-            raise AwqconvError(f"differs from {found[0][1]}", where, "Remove the wrong one.")
-    return found[0]
+    if "quant_config.json" in files:
+        older = read_json(source, "quant_config.json", "Download it again.")
+        return {"quant_method": "awq", **older}, "quant_config.json"
+    if "compression_config" in config:
+        return {"quant_method": "compressed-tensors"}, f"{CONFIG}: compression_config"
+    for file, method in (("quantize_config.json", "gptq"), ("hf_quant_config.json", "modelopt")):
+        if file in files:
+            return {"quant_method": method}, file
+    raise AwqconvError("the model is not quantized: no quantization_config", CONFIG, _EXPORT)

@@ -81,13 +81,14 @@ def _entry(name: str, entry: object, data_size: int) -> tuple[int, int]:
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise ValueError("an entry must be an object of dtype, shape and data_offsets")
     size = _size(entry["dtype"], entry["shape"])
-    match entry["data_offsets"]:
-        case [int(start), int(stop)] if type(start) is type(stop) is int:
-            pass
-        case offsets:
-            raise ValueError(f"data_offsets {shown(str(offsets), 60)} are no pair of integers")
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise ValueError(f"data_offsets {shown(str(offsets), 60)} are no pair of integers")
+    start, stop = offsets
     if not 0 <= start <= stop <= data_size:
-        raise ValueError(f"data offsets {start} to {stop} in a file with {data_size} data bytes")
+        raise ValueError(
+            f"data offsets {shown(str(offsets))} in a file with {data_size} data bytes"
+        )
     if stop - start != size:
         raise ValueError(
             f"{stop - start} bytes (data offsets {start} to {stop}) where {entry['dtype']} "
@@ -116,13 +117,13 @@ def parse_header(raw: bytes, data_size: int, file: str) -> Header:
             raise AwqconvError(str(error), f"{file}: {shown(name)}", _AGAIN) from None
     spans.sort(key=lambda span: span[:2])
     tensors: dict[str, TensorInfo] = {}
-    base, end, last = 8 + len(raw), 0, "the header"
+    base, end, last = 8 + len(raw), 0, ""
     for start, stop, name in spans:
         if start != end:
-            what = f"overlaps {last}" if start < end else f"leaves {start - end} bytes unused after"
+            what = f"overlaps {end - start} bytes of" if start < end else "leaves a hole after"
             raise AwqconvError(
-                f"starts at data offset {start} and {what}"
-                f"{'' if start < end else ' ' + last}, which ends at {end}",
+                f"starts at data offset {start} and {what} {shown(last) or 'the header'}, "
+                f"which ends at {end}",
                 f"{file}: {shown(name)}",
                 _AGAIN,
             )
@@ -130,7 +131,7 @@ def parse_header(raw: bytes, data_size: int, file: str) -> Header:
         tensors[name] = TensorInfo(
             name, entry["dtype"], tuple(entry["shape"]), file, base + start, base + stop
         )
-        end, last = stop, shown(name)
+        end, last = stop, name
     if end != data_size:
         raise AwqconvError(
             f"{data_size} data bytes, of which the tensors take {end}: {data_size - end} too many",

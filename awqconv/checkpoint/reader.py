@@ -130,7 +130,7 @@ def _shards(source: Source) -> tuple[tuple[str, ...], dict[str, Any] | None]:
             raise AwqconvError("weight_map must be an object of tensor: file", INDEX, _AGAIN)
         for name, file in weights.items():
             _check_name(name, file)
-        shards = sorted(set(weights.values()))
+        shards = dict.fromkeys(sorted(weights.values()))
         missing = [shown(shard) for shard in shards if shard not in files]
         if missing:
             raise AwqconvError(
@@ -214,10 +214,13 @@ def _compare(index: dict[str, Any], tensors: dict[str, TensorInfo]) -> Iterator[
 
 
 def _modules(checkpoint: Checkpoint) -> dict[str, Module]:
-    """Every quantized module, in the order of `tensors`."""
+    """Every quantized module, in the order of `tensors`.
+
+    Scales alone make none: AutoAWQ keeps those of scaled activations under the same name.
+    """
     tensors = checkpoint.tensors
     names = dict.fromkeys(
-        name.rpartition(".")[0] for name in tensors if name.rpartition(".")[2] in PARTS
+        name.rpartition(".")[0] for name in tensors if name.endswith((".qweight", ".qzeros"))
     )
     modules = {name: _module(name, tensors, checkpoint.quant) for name in names}
     if not modules:

@@ -53,8 +53,8 @@ class Folder:
         self._files: dict[str, int] | None = None
         self._open: dict[str, int] = {}
         self._lock = threading.Lock()
-        if not self.path.is_dir():
-            kind = "a file" if self.path.exists() else "not there"
+        if not os.path.isdir(self.path):
+            kind = "a file" if os.path.exists(self.path) else "not there"
             raise AwqconvError(
                 f"{kind}, where a model folder should be",
                 shown(self.name),

@@ -1,8 +1,10 @@
 """JSON as hostile input: one value or one AwqconvError, in bounded time and memory."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
+from typing import NoReturn
 
 from awqconv.errors import AwqconvError
 
@@ -18,8 +20,8 @@ def shown(text: str, limit: int = 120) -> str:
 def parse_json(raw: bytes, where: str, fix: str, *, floats: bool = True) -> object:
     """The value of a UTF-8 JSON text. Repeated keys and lone surrogates are refused everywhere.
 
-    `floats=False` also refuses every number but a plain integer of at most 20 digits, so what is
-    accepted means the same to any JSON parser. With floats, NaN and Infinity pass: Python's
+    `floats=False` also refuses every number but a plain integer, so what is accepted means the
+    same to any JSON parser. With floats, NaN and Infinity pass: Python's
     writers put them into real config.json files.
 
     Raises AwqconvError(where, fix) for everything else, nesting and size included.
@@ -35,24 +37,24 @@ def parse_json(raw: bytes, where: str, fix: str, *, floats: bool = True) -> obje
             raise refuse(f"the key {shown(twice)!r} is there twice in one JSON object")
         return found
 
-    def number(text: str) -> object:
+    def number(text: str) -> NoReturn:
         raise refuse(f"{shown(text, 40)} where only whole numbers can be")
 
     def integer(text: str) -> int:
-        if len(text) > 20 or text == "-0":
-            number(text)
-        return int(text)
+        return number(text) if text == "-0" else int(text)
 
     values = sum(map(raw.count, (b"{", b"[", b",")))
     if values > MAX_VALUES:
         raise refuse(f"about {values:,} JSON values, more than {MAX_VALUES:,}")
-    hooks: dict[str, Callable[[str], object]] = (
-        {} if floats else {"parse_int": integer, "parse_float": number, "parse_constant": number}
-    )
+    hooks: dict[str, Callable[[str], object]] = {}
+    if not floats:
+        hooks = {"parse_float": number, "parse_constant": number}
+        if b"-0" in raw:  # an integer to Python, a float to others; the hook costs time
+            hooks["parse_int"] = integer
     try:
         text = raw.decode()
         value: object = json.loads(text, object_pairs_hook=unique, **hooks)  # type: ignore[arg-type]
-        if "\\u" in text:
+        if re.search(r"\\u[dD][89a-fA-F]", text):
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise refuse("JSON nested too deeply") from None
