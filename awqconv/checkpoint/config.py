@@ -12,6 +12,7 @@ from awqconv.checkpoint.strict import parse_json, shown
 from awqconv.errors import AwqconvError
 
 CONFIG = "config.json"
+MANIFEST = "awqconv.json"
 MAX_JSON = 100_000_000
 
 _EXPORT = "Quantize the float model with AutoAWQ, or with another tool's AutoAWQ GEMM export."

@@ -86,7 +86,7 @@ class Pattern:
         return prod(self.sizes.get(name, 1) for name in self.left[dim])
 
     def bind(self, shape: tuple[int, ...]) -> Layout:
-        """The layout of a logical array of this shape. Raises AwqconvError if it does not divide."""
+        """The layout of an array of this shape. Raises AwqconvError if it does not divide."""
         return _bind(self, tuple(shape))
 
 
@@ -104,7 +104,7 @@ def _bind(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
                 f"a dimension of {length} does not split as ({' '.join(group)}), granule {known}",
                 fix="this layout cannot hold the shape",
             )
-        sizes.update({name: length // known for name in open_axis})
+        sizes.update(dict.fromkeys(open_axis, length // known))
         stride = 1
         for name in reversed(group):
             logical[name] = (dim, stride)
@@ -140,7 +140,11 @@ class Layout:
         Raises ValueError where the ends are no multiples of the dimension's granule.
         """
         outer = max((axis for axis in self.axes if axis.dim == dim), key=lambda axis: axis.logical)
-        if start % outer.logical or stop % outer.logical or not 0 <= start < stop <= self.shape[dim]:
+        if (
+            start % outer.logical
+            or stop % outer.logical
+            or not 0 <= start < stop <= self.shape[dim]
+        ):
             raise ValueError(f"{start}..{stop} is no slice of {self.shape} at {outer.logical}")
         part = replace(outer, size=(stop - start) // outer.logical)
         return Layout(

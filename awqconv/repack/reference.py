@@ -44,6 +44,8 @@ def pack(codes: NDArray[np.uint8], pattern: Pattern) -> NDArray[np.uint8]:
     return pack_nibbles(arrange(codes, pattern).astype(np.uint8))
 
 
-def unpack(packed: NDArray[np.uint8], pattern: Pattern, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def unpack(
+    packed: NDArray[np.uint8], pattern: Pattern, shape: tuple[int, ...]
+) -> NDArray[np.uint8]:
     """Inverse of `pack`: the layout's bytes to codes 0..15 [logical shape]."""
     return restore(unpack_nibbles(packed.reshape(-1)), pattern, shape).astype(np.uint8)

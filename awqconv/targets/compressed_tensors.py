@@ -20,6 +20,7 @@ class CompressedTensors(Target):
     name = "compressed-tensors"
     title = "compressed-tensors pack-quantized: vLLM, transformers, llm-compressor"
     rules = (Rule("K % 8 == 0", "compressed_tensors pack_to_int32"),)
+    fallback = "bf16"
 
     def parts(self, linear: Linear) -> tuple[Part, ...]:
         return (

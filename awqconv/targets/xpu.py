@@ -18,6 +18,7 @@ class Xpu(Target):
         Rule("K % 8 == 0", "aten::_convert_weight_to_int4pack"),
         Rule("kind == 'dense'", "SGLang AWQXPULinearKernel: mixtures are not implemented"),
     )
+    fallback = "bf16"
 
     def parts(self, linear: Linear) -> tuple[Part, ...]:
         return (

@@ -1,0 +1,40 @@
+"""awqconv: AWQ int4 checkpoints, repacked ahead of time for the kernel that will read them.
+
+    >>> import awqconv
+    >>> awqconv.convert("model-awq", "model-marlin", target="marlin")   # doctest: +SKIP
+    >>> awqconv.verify("model-marlin").ok                                # doctest: +SKIP
+    True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from awqconv._version import __version__
+from awqconv.errors import AwqconvError, VerificationError
+
+if TYPE_CHECKING:
+    from awqconv.conversion import Conversion as Conversion
+    from awqconv.conversion import convert as convert
+    from awqconv.inspection import Inspection as Inspection
+    from awqconv.inspection import inspect as inspect
+    from awqconv.verification import Verification as Verification
+    from awqconv.verification import verify as verify
+
+_LAZY = {
+    "convert": "conversion",
+    "Conversion": "conversion",
+    "inspect": "inspection",
+    "Inspection": "inspection",
+    "verify": "verification",
+    "Verification": "verification",
+}
+
+__all__ = ["AwqconvError", "VerificationError", "__version__", *_LAZY]  # pyright: ignore
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'awqconv' has no attribute {name!r}")
+    return getattr(import_module(f"awqconv.{_LAZY[name]}"), name)

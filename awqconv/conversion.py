@@ -1,0 +1,572 @@
+"""Run a plan: stream every job tile by tile into a staging folder, then commit it.
+
+Each worker thread holds one tile of source and one of output. Only a layout that stores columns
+together while its source stores rows (or the reverse) wants more: the source tensor is then held
+whole if the worker's share of memory has room, and else read in strips.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awqconv._version import __version__
+from awqconv.checkpoint.header import TensorInfo
+from awqconv.checkpoint.config import MANIFEST
+from awqconv.checkpoint.model import FORMAT, KEPT, open_model
+from awqconv.checkpoint.source import Source
+from awqconv.checkpoint.writer import Staging, check_destination
+from awqconv.digest import NAME as DIGEST
+from awqconv.digest import Hasher, combined, digest
+from awqconv.errors import AwqconvError
+from awqconv.feed import TILE, Feed, Reader
+from awqconv.plan import Copy, Job, Pack, Piece, Plan, Verdict, make_plan, parse_size
+from awqconv.repack.axes import Layout
+from awqconv.repack.encode import NIBBLES, dequantize, read_numbers, read_zeros, recode
+from awqconv.repack.floats import RAW, caster, from_float32, to_float32
+from awqconv.repack.reference import unpack_nibbles
+from awqconv.targets.base import Linear, Part, layout
+
+Bytes = NDArray[np.uint8]
+BASE = 160 << 20  # resident bytes of the interpreter, its libraries and the plan of a large model
+DEFAULT_MEMORY = 400 << 20
+INDEX = "model.safetensors.index.json"
+
+Progress = Callable[[int], None]
+Pieces = tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did. Sizes in bytes, `seconds` of wall time."""
+
+    source: str
+    dest: str
+    target: str
+    converted: int
+    fallbacks: list[Verdict]
+    unquantized: int
+    source_bytes: int
+    nbytes: int
+    seconds: float
+    resumed: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+def default_dest(model: str | os.PathLike[str], target: str) -> Path:
+    """`<model>-<target>`, beside the model."""
+    path = Path(os.path.abspath(model))
+    return path.with_name(f"{path.name}-{target}")
+
+
+def convert(
+    model: str | os.PathLike[str] | Source,
+    dest: str | os.PathLike[str] | None = None,
+    *,
+    target: str,
+    scale_dtype: str = "keep",
+    max_shard_size: str | int = "5GB",
+    strict: bool = False,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    max_memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a checkpoint into a target's layout.
+
+    `model` is a folder (or an opened source), `dest` the folder to write, `<model>-<target>` if
+    None. `jobs` is the number of threads, `max_memory` the most bytes of resident memory, as
+    "400MB". `progress` is called with numbers of bytes written, from any thread.
+
+    Raises AwqconvError for a bad checkpoint, a bad destination, a full disk; then nothing that
+    looks finished is at `dest`, and the same call continues the work.
+    """
+    opened = open_model(model)
+    try:
+        plan = make_plan(
+            opened,
+            layout(target),
+            scale_dtype=scale_dtype,
+            max_shard_size=max_shard_size,
+            strict=strict,
+        )
+        path = Path(dest) if dest else default_dest(opened.checkpoint.source.name, target)
+        return run(
+            plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
+        )
+    finally:
+        opened.checkpoint.source.close()
+
+
+def check(plan: Plan, dest: Path, *, overwrite: bool = False) -> None:
+    """Refuse a destination that the plan cannot be written to. Raises AwqconvError."""
+    check_destination(dest, overwrite=overwrite)
+    source = Path(os.path.realpath(plan.model.checkpoint.source.name))
+    real = Path(os.path.realpath(dest))
+    if real == source or source in real.parents or real in source.parents:
+        raise AwqconvError(
+            f"the destination and the source {source} lie inside one another",
+            str(dest),
+            "Choose a destination outside the model folder.",
+        )
+    parent = next(path for path in real.parents if path.is_dir())
+    staged = real.with_name(real.name + ".partial")
+    here = sum(f.stat().st_blocks * 512 for f in staged.rglob("*")) if staged.is_dir() else 0
+    free = shutil.disk_usage(parent).free + here
+    if plan.nbytes > free:
+        raise AwqconvError(
+            f"{plan.nbytes:,} bytes to write, {free:,} free",
+            str(parent),
+            "Free some space, or choose another destination.",
+        )
+
+
+def run(
+    plan: Plan,
+    dest: Path,
+    *,
+    overwrite: bool = False,
+    jobs: int | None = None,
+    max_memory: str | int | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Run a plan into `dest`; see `convert`."""
+    began = time.perf_counter()
+    check(plan, dest, overwrite=overwrite)
+    workers = jobs or min(len(os.sched_getaffinity(0)), 8)
+    memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
+    share = max((memory - BASE) // workers, 2 * TILE)
+    staging = Staging(dest, plan.identity(), overwrite=overwrite)
+    try:
+        executor = _Executor(plan, staging, share, progress or (lambda count: None))
+        executor.run(workers)
+        manifest = executor.finish()
+        staging.commit(manifest)
+    finally:
+        staging.close()
+    source = plan.model.checkpoint
+    return Conversion(
+        source.source.name,
+        str(dest),
+        plan.target.name,
+        len(plan.verdicts) - len(plan.fallbacks),
+        plan.fallbacks,
+        len(plan.model.others),
+        sum(tensor.nbytes for tensor in source.tensors.values()),
+        plan.nbytes,
+        time.perf_counter() - began,
+        executor.resumed,
+        plan.notes,
+    )
+
+
+class StoppedError(Exception):
+    """A worker noticed that the run is over."""
+
+
+class _Out:
+    """An output tensor that is written from its start on, and digested on the way."""
+
+    def __init__(self, run: _Executor, info: TensorInfo) -> None:
+        self.hasher = Hasher()
+        self._run, self._info = run, info
+
+    def put(self, data: Bytes) -> None:
+        """Write the next bytes."""
+        self._run.check_stop()
+        offset = self._info.start + self.hasher.position
+        self.hasher.update(self.hasher.position, data)
+        self._run.staging.write(self._info.file, offset, data.data)
+        self._run.progress(len(data))
+
+
+class _Executor:
+    """The state of one run."""
+
+    def __init__(self, plan: Plan, staging: Staging, share: int, progress: Progress) -> None:
+        self.plan, self.staging, self.share = plan, staging, share
+        self.source = plan.model.checkpoint.source
+        self.progress = progress
+        self.reader = Reader(self.source)
+        self.results: dict[str, dict[str, dict[str, str]]] = {}
+        self.resumed = 0
+        self.stop = threading.Event()
+
+    # --- running jobs
+
+    def run(self, workers: int) -> None:
+        """Run all jobs that the journal does not hold, largest files' jobs in file order."""
+        for file in self.plan.files:
+            self.staging.create(file.name, file.size, file.header)
+            self.progress(len(file.header))
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="awqconv")
+        pending: dict[str, int] = {}
+        for job in self.plan.jobs:
+            pending[_file(job)] = pending.get(_file(job), 0) + 1
+        lock = threading.Lock()
+
+        def work(job: Job) -> None:
+            self._work(job)
+            with lock:
+                pending[_file(job)] -= 1
+                last = not pending[_file(job)]
+            if last:
+                self.staging.sync(_file(job))
+
+        try:
+            futures = [pool.submit(work, job) for job in self.plan.jobs]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            self.stop.set()
+            for future in done:
+                future.result()
+        finally:
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _work(self, job: Job) -> None:
+        key = _key(job)
+        entry = self.staging.done.get(key)
+        if entry and self._still_there(job, entry):
+            self.resumed += 1
+        else:
+            entry = self._copy(job) if isinstance(job, Copy) else self._pack(job)
+            self.staging.record(key, entry)
+        self.results[key] = entry
+
+    def check_stop(self) -> None:
+        """Raises StoppedError where another job failed or the user interrupted."""
+        if self.stop.is_set():
+            raise StoppedError
+
+    def _still_there(self, job: Job, entry: dict[str, Any]) -> bool:
+        """Whether the staged bytes of a job that the journal calls finished have their digests."""
+        for info in _outputs(job):
+            hasher = Hasher()
+            for start in range(0, info.nbytes, TILE):
+                self.check_stop()
+                buffer = self.reader.arena.take("check", min(TILE, info.nbytes - start))
+                self.staging.readinto(info.file, info.start + start, buffer.data)
+                hasher.update(start, buffer)
+            if hasher.hexdigest() != entry["outputs"].get(info.name):
+                return False
+        self.progress(sum(info.nbytes for info in _outputs(job)))
+        return True
+
+    def _copy(self, job: Copy) -> dict[str, Any]:
+        """An output tensor made of source ranges, or of literal bytes."""
+        out, source = _Out(self, job.output), Hasher()
+        for chunk in self._chunks(job):
+            source.update(source.position, chunk)
+            out.put(_cast(chunk, *job.cast) if job.cast else chunk)
+        entry: dict[str, Any] = {"outputs": {job.output.name: out.hasher.hexdigest()}}
+        if job.whole:
+            entry["sources"] = {job.whole: source.hexdigest()}
+        return entry
+
+    def _chunks(self, job: Copy) -> Iterator[Bytes]:
+        """The bytes a copy takes from its source, a tile at a time."""
+        if job.data is not None:
+            yield np.frombuffer(job.data, np.uint8)
+        for run in job.runs:
+            if not run.file:
+                yield np.zeros(run.length * run.count, np.uint8)
+            elif run.count == 1 or run.length > TILE:
+                for i in range(run.count):
+                    for start in range(0, run.length, TILE):
+                        buffer = self.reader.arena.take("copy", min(TILE, run.length - start))
+                        begin = run.start + i * run.stride + start
+                        self.source.readinto(run.file, begin, buffer.data)
+                        yield buffer
+            else:
+                step = TILE // run.length
+                for i in range(0, run.count, step):
+                    rows = range(i, min(i + step, run.count))
+                    buffer = self.reader.arena.take("copy", len(rows) * run.length)
+                    for j, row in enumerate(rows):
+                        part = buffer.data[j * run.length : (j + 1) * run.length]
+                        self.source.readinto(run.file, run.start + row * run.stride, part)
+                    yield buffer
+
+    def _pack(self, job: Pack) -> dict[str, Any]:
+        """An output module, part by part, each a sequence of tiles of its outermost axis."""
+        target = layout(job.layout)
+        hashers: dict[str, Hasher] = {}
+        digests: dict[str, str] = {}
+        for part in target.parts(job.linear):
+            info = job.outputs.get(part.suffix)
+            if info is None:
+                continue
+            out = _Out(self, info)
+            encode = self._dense if part.of == "w" else self._part
+            for pieces in job.experts:
+                encode(job, part, pieces, out, hashers)
+            digests[info.name] = out.hasher.hexdigest()
+        entry: dict[str, Any] = {"outputs": digests}
+        if all(piece.whole for pieces in job.experts for piece in pieces):
+            entry["sources"] = self._source_digests(job, hashers)
+        return entry
+
+    def _feed(self, piece: Piece, of: str, budget: int, hashers: dict[str, Hasher]) -> Feed:
+        return Feed(self.reader, piece.source, of, hashers, budget=budget, expert=piece.expert)
+
+    def _tiles(self, part: Part, to: Layout, feeds: list[Feed]) -> tuple[int, range]:
+        """The dimension to cut an output part along, and where the cuts are."""
+        outer = to.axes[0]
+        dim, row = outer.dim, outer.stored * part.bits // 8
+        grain = outer.logical
+        for feed in feeds:
+            grain = lcm(grain, max(a.logical for a in feed.layout.axes if a.dim == dim))
+        step = max(1, TILE * outer.logical // row // grain) * grain
+        return dim, range(0, to.shape[dim], step)
+
+    def _part(
+        self, job: Pack, part: Part, pieces: Pieces, out: _Out, hashers: dict[str, Hasher]
+    ) -> None:
+        """One part of one expert: codes, zero points or scales."""
+        linear, budget = job.linear, self.share - 3 * TILE
+        to = part.layout(linear)
+        feeds = [self._feed(piece, part.of, budget, hashers) for piece in pieces]
+        dim, cuts = self._tiles(part, to, feeds)
+        unit = 1 if part.of == "q" else linear.g
+        zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
+        for start in cuts:
+            self.check_stop()
+            stop = min(start + cuts.step, to.shape[dim])
+            shape = tuple(stop - start if d == dim else n for d, n in enumerate(to.shape))
+            tile = part.pattern.bind(shape)
+            outer = tile.axes[0]
+            buffer = self.reader.arena.take("output", outer.size * outer.stored * part.bits // 8)
+            for piece, feed in zip(pieces, feeds, strict=True):
+                first, into = _intersect(piece, tile, dim, start, stop, unit)
+                if into is None:
+                    continue
+                source, at = feed.window(dim, *first)
+                other = 1 - dim
+                span = (piece.rows, piece.cols)[other]
+                scale = unit if other == 0 else 1
+                low, high = span[0] // scale, span[1] // scale
+                if (low, high) != (0, at.shape[other]):
+                    at = at.slice(other, low, high)
+                scales = linear.scales if part.of == "s" else "F32"
+                recode(source, feed.part, at, buffer, part, into, scales)
+            if zeros is not None:
+                layout(job.layout).derive(part, linear, buffer, zeros[:, start:stop])
+            out.put(buffer)
+
+    def _zeros(self, pieces: Pieces, linear: Linear, hashers: dict[str, Hasher]) -> Bytes:
+        """Zero points 0..15 of one expert, uint8 [G, N]."""
+        zeros = np.empty(linear.shape("z"), np.uint8)
+        for piece in pieces:
+            feed = self._feed(piece, "z", 1 << 62, hashers)
+            source, at = feed.window(0, 0, feed.layout.shape[0])
+            rows = unpack_nibbles(read_zeros(source, feed.part, at))
+            g = piece.source.linear.g
+            part = rows[piece.rows[0] // g : piece.rows[1] // g, slice(*piece.cols)]
+            k, n = piece.at[0] // g, piece.at[1]
+            zeros[k : k + part.shape[0], n : n + part.shape[1]] = part
+        return zeros
+
+    def _dense(
+        self, job: Pack, part: Part, pieces: Pieces, out: _Out, hashers: dict[str, Hasher]
+    ) -> None:
+        """The dequantized weight [N, K] of one expert, some columns of it at a time."""
+        linear = job.linear
+        feeds = {of: [self._feed(p, of, self.share // 2, hashers) for p in pieces] for of in "qzs"}
+        grain = lcm(*(max(a.logical for a in f.layout.axes if a.dim == 1) for f in feeds["q"]), 8)
+        step = max(1, TILE // 4 // linear.K // grain) * grain
+        for start in range(0, linear.N, step):
+            self.check_stop()
+            stop = min(start + step, linear.N)
+            weight = np.empty((linear.K, stop - start), np.float32)
+            for i, piece in enumerate(pieces):
+                low, high = max(start, piece.at[1]), min(stop, piece.at[1] + _width(piece.cols))
+                if low >= high:
+                    continue
+                cols = [c - piece.at[1] + piece.cols[0] for c in (low, high)]
+                q, z, s = (feeds[of][i] for of in "qzs")
+                source, at = q.window(1, *cols)
+                nibbles = np.empty((at.shape[0], at.shape[1] // 2), np.uint8)
+                as_rows = Part("", "q", NIBBLES, "U8")
+                recode(source, q.part, at, nibbles.reshape(-1), as_rows, NIBBLES.bind(at.shape))
+                zeros = read_zeros(*_args(z, cols))
+                scales = read_numbers(*_args(s, cols))
+                raw = caster(s.part.dtype, linear.scales)(scales)
+                g = piece.source.linear.g
+                block = dequantize(nibbles, zeros, to_float32(raw, linear.scales), g)
+                k = piece.at[0]
+                rows = block[slice(*piece.rows)]
+                weight[k : k + rows.shape[0], low - start : high - start] = rows
+            raw = from_float32(np.ascontiguousarray(weight.T), part.dtype)
+            out.put(raw.reshape(-1).view(np.uint8))
+
+    def _source_digests(self, job: Pack, hashers: dict[str, Hasher]) -> dict[str, str]:
+        """Digests of the source tensors that a job read, from what passed by or a second look."""
+        infos = {
+            info.name: info
+            for pieces in job.experts
+            for piece in pieces
+            for _, info in piece.source.arrays().values()
+        }
+        found: dict[str, str] = {}
+        for name, info in infos.items():
+            self.check_stop()
+            found[name] = self.reader.digest(info, hashers.get(name))
+        return found
+
+    # --- after the jobs
+
+    def finish(self) -> list[str]:
+        """Copy the other files, write index, config and, last, the manifest; all file names."""
+        plan, model = self.plan, self.plan.model
+        files: dict[str, Any] = {}
+        for name in plan.copies:
+            data = self.source.read(name, 0, model.checkpoint.files[name])
+            self.staging.put(name, data)
+            files[name] = {"size": len(data), "digest": digest(data)}
+        texts = {"config.json": plan.config} | ({INDEX: plan.index} if plan.index else {})
+        for name, value in texts.items():
+            data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+            self.staging.put(name, data)
+            files[name] = {"size": len(data), "digest": digest(data)}
+        outputs: dict[str, str] = {}
+        sources: dict[str, str] = {}
+        for entry in self.results.values():
+            outputs.update(entry["outputs"])
+        for job in plan.jobs:
+            sources.update(self.results[_key(job)].get("sources", {}))
+        for file in plan.files:
+            kept = file.name == KEPT
+            files[file.name] = {
+                "size": file.size,
+                "header": digest(file.header),
+                "tensors": {
+                    name: self._kept(name) if kept else outputs[name] for name in file.tensors
+                },
+            }
+        began = plan.identity()["source files"]
+        for name, was in began.items():
+            if list(self.source.fingerprint(name)) != was:
+                raise AwqconvError(
+                    "the file changed while it was being converted",
+                    f"{self.source.name}/{name}",
+                    f"Let nothing write to the model, then: rm -r {self.staging.path}, and rerun",
+                )
+        manifest = self._manifest(files, sources)
+        self.staging.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+        return [*files, MANIFEST]
+
+    def _kept(self, name: str) -> str:
+        return next(
+            entry["outputs"][name]
+            for key, entry in self.results.items()
+            if key.startswith(KEPT) and name in entry["outputs"]
+        )
+
+    def _manifest(self, files: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
+        plan, model = self.plan, self.plan.model
+        before = model.manifest["modules"] if model.manifest else {}
+        modules: dict[str, Any] = {}
+        for verdict in plan.verdicts:
+            name, stored, linear = verdict.module, model.modules[verdict.module], verdict.linear
+            if before:
+                awq = before[name]["awq"]
+            else:
+                awq = {suffix: sources[info.name] for suffix, info in stored.tensors.items()}
+            entry = {
+                "layout": verdict.layout,
+                **{key: getattr(linear, key) for key in ("K", "N", "g", "scales", "bias", "kind")},
+                "experts": stored.experts,
+                "awq": awq,
+            }
+            if stored.original().linear.scales != linear.scales:
+                entry["kept_scales"] = stored.original().linear.scales
+            if verdict.rule:
+                entry["rule"] = verdict.rule
+            modules[name] = entry
+        if model.manifest:
+            origin = model.manifest["source"]
+        else:
+            origin = {
+                "name": Path(self.source.name).name,
+                "layout": model.layout,
+                "digest": combined(
+                    (i.name, i.dtype, i.shape, sources[i.name])
+                    for i in model.checkpoint.tensors.values()
+                ),
+                "quantization_config": model.source_quantization,
+            }
+        return {
+            "awqconv": __version__,
+            "format": FORMAT,
+            "target": plan.target.name,
+            "layout_version": plan.target.version,
+            "form": plan.form,
+            "scale_dtype": plan.scale_dtype,
+            "group_size": model.quantization.group_size,
+            "modules_to_not_convert": list(model.quantization.modules_to_not_convert),
+            "source": origin,
+            "digests": DIGEST,
+            "files": dict(files),
+            "modules": modules,
+        }
+
+
+def _cast(raw: Bytes, was: str, dtype: str) -> Bytes:
+    return np.ascontiguousarray(caster(was, dtype)(raw.view(RAW[was]))).view(np.uint8)
+
+
+def _width(span: tuple[int, int]) -> int:
+    return span[1] - span[0]
+
+
+def _args(feed: Feed, cols: list[int]) -> tuple[Bytes, Part, Layout]:
+    source, at = feed.window(1, *cols)
+    return source, feed.part, at
+
+
+def _intersect(
+    piece: Piece, tile: Layout, dim: int, start: int, stop: int, unit: int
+) -> tuple[tuple[int, int], Layout | None]:
+    """What a tile start..stop of `dim` takes of a piece, and its place in the tile."""
+    scale = (unit, 1)
+    spans = [
+        (low // scale[d], high // scale[d])
+        for d, (low, high) in enumerate((piece.rows, piece.cols))
+    ]
+    at = [place // scale[d] for d, place in enumerate(piece.at)]
+    low, high = max(start, at[dim]), min(stop, at[dim] + _width(spans[dim]))
+    if low >= high:
+        return (0, 0), None
+    shift = spans[dim][0] - at[dim]
+    into = tile if (low, high) == (start, stop) else tile.slice(dim, low - start, high - start)
+    other = 1 - dim
+    width = _width(spans[other])
+    if width != tile.shape[other]:
+        into = into.slice(other, at[other], at[other] + width)
+    return (low + shift, high + shift), into
+
+
+def _outputs(job: Job) -> tuple[TensorInfo, ...]:
+    return (job.output,) if isinstance(job, Copy) else tuple(job.outputs.values())
+
+
+def _file(job: Job) -> str:
+    return _outputs(job)[0].file
+
+
+def _key(job: Job) -> str:
+    """A job's name in the journal: its first output tensor, with its file."""
+    first = _outputs(job)[0]
+    return f"{first.file}:{first.name}"

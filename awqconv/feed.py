@@ -1,0 +1,116 @@
+"""Reading stored arrays slice by slice, and digesting what passes by."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awqconv.checkpoint.header import TensorInfo
+from awqconv.checkpoint.model import Stored
+from awqconv.checkpoint.source import Source
+from awqconv.digest import Hasher
+from awqconv.repack.axes import Layout
+
+Bytes = NDArray[np.uint8]
+TILE = 2 << 20  # bytes that are handled at a time
+
+
+class Arena(threading.local):
+    """A thread's buffers, by use: grown when needed, never given back while the run lasts."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Bytes] = {}
+
+    def take(self, use: str, size: int) -> Bytes:
+        buffer = self.buffers.get(use)
+        if buffer is None or buffer.size < size:
+            buffer = self.buffers[use] = np.empty(size, np.uint8)
+        return buffer[:size]
+
+
+class Reader:
+    """A source with each thread's buffers to read it into."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.arena = Arena()
+
+    def chunks(self, info: TensorInfo, start: int | None = None) -> Iterator[Bytes]:
+        """A tensor's bytes in order, from an offset of its file on, in one buffer of a thread."""
+        for begin in range(info.start if start is None else start, info.stop, TILE):
+            buffer = self.arena.take("chunk", min(TILE, info.stop - begin))
+            self.source.readinto(info.file, begin, buffer.data)
+            yield buffer
+
+    def digest(self, info: TensorInfo, hasher: Hasher | None = None) -> str:
+        """Digest of a tensor; `hasher` has taken in what comes before its position."""
+        hasher = hasher or Hasher(info.start)
+        for chunk in self.chunks(info, hasher.position):
+            hasher.update(hasher.position, chunk)
+        return hasher.hexdigest()
+
+
+class Feed:
+    """One array of one stored module: any slice of it, digested on the way when read in order.
+
+    `budget`: bytes up to which a tensor is held whole where a slice is not contiguous.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        module: Stored,
+        of: str,
+        hashers: dict[str, Hasher],
+        *,
+        budget: int,
+        expert: int = 0,
+    ) -> None:
+        self.part, self.info = module.arrays()[of]
+        self.linear = module.linear
+        self.layout = self.part.layout(self.linear)
+        self.size = self.part.nbytes(self.linear)
+        self.base = self.info.start + expert * self.size
+        self.budget, self._reader = budget, reader
+        self._use = f"source {of}"
+        self._hasher = hashers.setdefault(self.info.name, Hasher(self.info.start))
+        self._whole: Bytes | None = None
+
+    def _read(self, start: int, stop: int) -> Bytes:
+        buffer = self._reader.arena.take(self._use, stop - start)
+        self._reader.source.readinto(self.info.file, self.base + start, buffer.data)
+        self._hasher.update(self.base + start, buffer)
+        return buffer
+
+    def whole(self) -> Bytes:
+        """All of the array's bytes. Held until another module's are asked for by the thread."""
+        if self._whole is None:
+            self._whole = self._read(0, self.size)
+        return self._whole
+
+    def window(self, dim: int, start: int, stop: int) -> tuple[Bytes, Layout]:
+        """Bytes that hold start..stop of a logical dimension, and the layout of that slice."""
+        outer, second = self.layout.axes[:2]
+        unit = outer.stored * self.part.bits // 8
+        if self._whole is not None:
+            return self._whole, self.layout.slice(dim, start, stop)
+        if outer.dim == dim:
+            low, high = start // outer.logical, stop // outer.logical
+            piece = replace(self.layout.slice(dim, start, stop), offset=0)
+            return self._read(low * unit, high * unit), piece
+        if self.size <= self.budget:
+            return self.whole(), self.layout.slice(dim, start, stop)
+        # A strip: the same range of every unit of the outer axis, one after another.
+        each = second.stored * self.part.bits // 8
+        low, high = start // second.logical * each, stop // second.logical * each
+        strip = self._reader.arena.take(self._use, (high - low) * outer.size)
+        view = strip.data
+        for i in range(outer.size):
+            target = view[i * (high - low) : (i + 1) * (high - low)]
+            self._reader.source.readinto(self.info.file, self.base + i * unit + low, target)
+        shape = tuple(stop - start if d == dim else n for d, n in enumerate(self.layout.shape))
+        return strip, self.part.pattern.bind(shape)
