@@ -31,7 +31,12 @@ _LAZY = {
     "Verification": "verification",
 }
 
-__all__ = ["AwqconvError", "VerificationError", "__version__", *_LAZY]  # pyright: ignore
+__all__ = [  # noqa: PLE0604
+    "AwqconvError",
+    "VerificationError",
+    "__version__",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awqconv._version import __version__
-from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.config import MANIFEST
+from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import FORMAT, KEPT, open_model
 from awqconv.checkpoint.source import Source
 from awqconv.checkpoint.writer import Staging, check_destination

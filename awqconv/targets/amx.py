@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awqconv.repack import layouts
-from awqconv.repack.engine import nibble_sums
 from awqconv.targets.base import Linear, Part, Rule, Target
 
 SOURCE = "sgl-kernel gemm_int4.cpp convert_weight_packed_scale_zp"
@@ -44,13 +43,15 @@ class Amx(Target):
         """Compensation: int32 sum over a block's rows of (q - z), for each of its 32 columns."""
         block = min(linear.g, 128)
         rows = rows.reshape(-1, linear.K // block, 16 * block + 128)
-        # A block is [k/4] rows of 64 bytes: (pair 2, column 8, k 4) with the column's two halves
-        # in one byte, so the nibble sums of its rows still have to be added over the four k.
-        sums = nibble_sums(rows, block // 4, 64).reshape(-1, linear.K // block, 2, 8, 4, 2).sum(4)
-        columns = sums.transpose(0, 1, 2, 4, 3).reshape(-1, linear.K // block, 32)
+        # A block is block / 4 lines of 64 bytes (pair 2, column 8, k 4), a column's two halves in
+        # one byte: lines are added up, then the four k of a line.
+        lines = rows[..., : 16 * block].reshape(*rows.shape[:2], block // 4, 64)
+        sums = np.stack(((lines & 15).sum(2, np.int32), (lines >> 4).sum(2, np.int32)), -1)
+        halves = sums.reshape(*rows.shape[:2], 2, 8, 4, 2).sum(4)
+        columns = halves.transpose(0, 1, 2, 4, 3).reshape(*rows.shape[:2], 32)
         zeros = z.reshape(linear.G, -1, 32).transpose(1, 0, 2).astype(np.int32) * block
-        comp = columns.astype(np.int32) - np.repeat(zeros, linear.g // block, axis=1)
-        rows[..., 16 * block :] = comp.astype("<i4").view(np.uint8).reshape(*rows.shape[:2], 128)
+        comp = columns - np.repeat(zeros, linear.g // block, axis=1)
+        rows[..., 16 * block :] = comp.astype("<i4").view(np.uint8)
 
 
 TARGET = Amx()
