@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,12 @@ from awqconv.checkpoint.source import Source
 from awqconv.checkpoint.writer import Staging, check_destination
 from awqconv.digest import NAME as DIGEST
 from awqconv.digest import Hasher, combined, digest
+from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
-from awqconv.feed import TILE, Feed, Reader
-from awqconv.plan import Copy, Job, Pack, Piece, Plan, Verdict, make_plan, parse_size
-from awqconv.repack.axes import Layout
-from awqconv.repack.encode import NIBBLES, dequantize, read_numbers, read_zeros, recode
-from awqconv.repack.floats import RAW, caster, from_float32, to_float32
-from awqconv.repack.reference import unpack_nibbles
-from awqconv.targets.base import Linear, Part, layout
+from awqconv.feed import TILE, Reader
+from awqconv.plan import Copy, Job, Pack, Plan, Verdict, make_plan, parse_size
+from awqconv.repack.floats import RAW, caster
+from awqconv.targets.base import layout
 
 Bytes = NDArray[np.uint8]
 BASE = 160 << 20  # resident bytes of the interpreter, its libraries and the plan of a large model
@@ -45,7 +42,6 @@ DEFAULT_MEMORY = 400 << 20
 INDEX = "model.safetensors.index.json"
 
 Progress = Callable[[int], None]
-Pieces = tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -196,10 +192,11 @@ class _Executor:
     """The state of one run."""
 
     def __init__(self, plan: Plan, staging: Staging, share: int, progress: Progress) -> None:
-        self.plan, self.staging, self.share = plan, staging, share
+        self.plan, self.staging = plan, staging
         self.source = plan.model.checkpoint.source
         self.progress = progress
         self.reader = Reader(self.source)
+        self.encoder = Encoder(self.reader, share)
         self.results: dict[str, dict[str, dict[str, str]]] = {}
         self.resumed = 0
         self.stop = threading.Event()
@@ -309,107 +306,14 @@ class _Executor:
             if info is None:
                 continue
             out = _Out(self, info)
-            encode = self._dense if part.of == "w" else self._part
             for pieces in job.experts:
-                encode(job, part, pieces, out, hashers)
+                for tile in self.encoder.tiles(target, part, job.linear, pieces, hashers):
+                    out.put(tile)
             digests[info.name] = out.hasher.hexdigest()
         entry: dict[str, Any] = {"outputs": digests}
         if all(piece.whole for pieces in job.experts for piece in pieces):
             entry["sources"] = self._source_digests(job, hashers)
         return entry
-
-    def _feed(self, piece: Piece, of: str, budget: int, hashers: dict[str, Hasher]) -> Feed:
-        return Feed(self.reader, piece.source, of, hashers, budget=budget, expert=piece.expert)
-
-    def _tiles(self, part: Part, to: Layout, feeds: list[Feed]) -> tuple[int, range]:
-        """The dimension to cut an output part along, and where the cuts are."""
-        outer = to.axes[0]
-        dim, row = outer.dim, outer.stored * part.bits // 8
-        grain = outer.logical
-        for feed in feeds:
-            grain = lcm(grain, max(a.logical for a in feed.layout.axes if a.dim == dim))
-        step = max(1, TILE * outer.logical // row // grain) * grain
-        return dim, range(0, to.shape[dim], step)
-
-    def _part(
-        self, job: Pack, part: Part, pieces: Pieces, out: _Out, hashers: dict[str, Hasher]
-    ) -> None:
-        """One part of one expert: codes, zero points or scales."""
-        linear, budget = job.linear, self.share - 3 * TILE
-        to = part.layout(linear)
-        feeds = [self._feed(piece, part.of, budget, hashers) for piece in pieces]
-        dim, cuts = self._tiles(part, to, feeds)
-        unit = 1 if part.of == "q" else linear.g
-        zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
-        for start in cuts:
-            self.check_stop()
-            stop = min(start + cuts.step, to.shape[dim])
-            shape = tuple(stop - start if d == dim else n for d, n in enumerate(to.shape))
-            tile = part.pattern.bind(shape)
-            outer = tile.axes[0]
-            buffer = self.reader.arena.take("output", outer.size * outer.stored * part.bits // 8)
-            for piece, feed in zip(pieces, feeds, strict=True):
-                first, into = _intersect(piece, tile, dim, start, stop, unit)
-                if into is None:
-                    continue
-                source, at = feed.window(dim, *first)
-                other = 1 - dim
-                span = (piece.rows, piece.cols)[other]
-                scale = unit if other == 0 else 1
-                low, high = span[0] // scale, span[1] // scale
-                if (low, high) != (0, at.shape[other]):
-                    at = at.slice(other, low, high)
-                scales = linear.scales if part.of == "s" else "F32"
-                recode(source, feed.part, at, buffer, part, into, scales)
-            if zeros is not None:
-                layout(job.layout).derive(part, linear, buffer, zeros[:, start:stop])
-            out.put(buffer)
-
-    def _zeros(self, pieces: Pieces, linear: Linear, hashers: dict[str, Hasher]) -> Bytes:
-        """Zero points 0..15 of one expert, uint8 [G, N]."""
-        zeros = np.empty(linear.shape("z"), np.uint8)
-        for piece in pieces:
-            feed = self._feed(piece, "z", 1 << 62, hashers)
-            source, at = feed.window(0, 0, feed.layout.shape[0])
-            rows = unpack_nibbles(read_zeros(source, feed.part, at))
-            g = piece.source.linear.g
-            part = rows[piece.rows[0] // g : piece.rows[1] // g, slice(*piece.cols)]
-            k, n = piece.at[0] // g, piece.at[1]
-            zeros[k : k + part.shape[0], n : n + part.shape[1]] = part
-        return zeros
-
-    def _dense(
-        self, job: Pack, part: Part, pieces: Pieces, out: _Out, hashers: dict[str, Hasher]
-    ) -> None:
-        """The dequantized weight [N, K] of one expert, some columns of it at a time."""
-        linear = job.linear
-        feeds = {of: [self._feed(p, of, self.share // 2, hashers) for p in pieces] for of in "qzs"}
-        grain = lcm(*(max(a.logical for a in f.layout.axes if a.dim == 1) for f in feeds["q"]), 8)
-        step = max(1, TILE // 4 // linear.K // grain) * grain
-        for start in range(0, linear.N, step):
-            self.check_stop()
-            stop = min(start + step, linear.N)
-            weight = np.empty((linear.K, stop - start), np.float32)
-            for i, piece in enumerate(pieces):
-                low, high = max(start, piece.at[1]), min(stop, piece.at[1] + _width(piece.cols))
-                if low >= high:
-                    continue
-                cols = [c - piece.at[1] + piece.cols[0] for c in (low, high)]
-                q, z, s = (feeds[of][i] for of in "qzs")
-                source, at = q.window(1, *cols)
-                nibbles = np.empty((at.shape[0], at.shape[1] // 2), np.uint8)
-                as_rows = Part("", "q", NIBBLES, "U8")
-                recode(source, q.part, at, nibbles.reshape(-1), as_rows, NIBBLES.bind(at.shape))
-                zeros = read_zeros(*_args(z, cols))
-                scales = read_numbers(*_args(s, cols))
-                raw = caster(s.part.dtype, linear.scales)(scales)
-                g = piece.source.linear.g
-                block = dequantize(nibbles, zeros, to_float32(raw, linear.scales), g)
-                k = piece.at[0]
-                rows = block[slice(*piece.rows)]
-                weight[k : k + rows.shape[0], low - start : high - start] = rows
-            raw = from_float32(np.ascontiguousarray(weight.T), part.dtype)
-            out.put(raw.reshape(-1).view(np.uint8))
 
     def _source_digests(self, job: Pack, hashers: dict[str, Hasher]) -> dict[str, str]:
         """Digests of the source tensors that a job read, from what passed by or a second look."""
@@ -525,37 +429,6 @@ class _Executor:
 
 def _cast(raw: Bytes, was: str, dtype: str) -> Bytes:
     return np.ascontiguousarray(caster(was, dtype)(raw.view(RAW[was]))).view(np.uint8)
-
-
-def _width(span: tuple[int, int]) -> int:
-    return span[1] - span[0]
-
-
-def _args(feed: Feed, cols: list[int]) -> tuple[Bytes, Part, Layout]:
-    source, at = feed.window(1, *cols)
-    return source, feed.part, at
-
-
-def _intersect(
-    piece: Piece, tile: Layout, dim: int, start: int, stop: int, unit: int
-) -> tuple[tuple[int, int], Layout | None]:
-    """What a tile start..stop of `dim` takes of a piece, and its place in the tile."""
-    scale = (unit, 1)
-    spans = [
-        (low // scale[d], high // scale[d])
-        for d, (low, high) in enumerate((piece.rows, piece.cols))
-    ]
-    at = [place // scale[d] for d, place in enumerate(piece.at)]
-    low, high = max(start, at[dim]), min(stop, at[dim] + _width(spans[dim]))
-    if low >= high:
-        return (0, 0), None
-    shift = spans[dim][0] - at[dim]
-    into = tile if (low, high) == (start, stop) else tile.slice(dim, low - start, high - start)
-    other = 1 - dim
-    width = _width(spans[other])
-    if width != tile.shape[other]:
-        into = into.slice(other, at[other], at[other] + width)
-    return (low + shift, high + shift), into
 
 
 def _outputs(job: Job) -> tuple[TensorInfo, ...]:
