@@ -106,7 +106,9 @@ def parse_header(raw: bytes, data_size: int, file: str) -> Header:
     header = parse_json(raw, file, _AGAIN, floats=False)
     if not isinstance(header, dict):
         raise AwqconvError("the header is no JSON object", file, _AGAIN)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise AwqconvError("__metadata__ must be an object of strings", file, _AGAIN)
     spans: list[tuple[int, int, str]] = []
