@@ -343,7 +343,7 @@ def test_threads_read_one_file(tmp_path: Path) -> None:
     out = np.zeros_like(data)
 
     def read(part: int) -> None:
-        view = memoryview(out).cast("B")
+        view = out.view(np.uint8).data
         for start in range(part * 4096, len(view), 8 * 4096):
             folder.readinto("f", start, view[start : start + 4096])
 
@@ -543,6 +543,17 @@ def test_single_file_of_another_name(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "awq.safetensors")
     (note,) = open_checkpoint(built.path).notes
     assert "awq.safetensors is the only file of tensors" in note
+
+
+def test_index_that_names_one_file(tmp_path: Path) -> None:
+    built = make_checkpoint(tmp_path)
+    weights = dict.fromkeys(built.tensors, "model.safetensors")
+    total = sum(array.nbytes for _, array in built.tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    checkpoint = open_checkpoint(built.path)
+    assert checkpoint.shards == ("model.safetensors",)
+    assert checkpoint.notes == []
 
 
 def test_own_output_is_read_without_modules(tmp_path: Path) -> None:
