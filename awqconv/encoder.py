@@ -58,8 +58,14 @@ class Encoder:
         else:
             yield from self._part(target, part, linear, pieces, hashers)
 
-    def _feed(self, piece: Piece, of: str, budget: int, hashers: dict[str, Hasher]) -> Feed:
-        return Feed(self.reader, piece.source, of, hashers, budget=budget, expert=piece.expert)
+    def _feeds(
+        self, pieces: Sequence[Piece], of: str, hashers: dict[str, Hasher], budget: int
+    ) -> list[Feed]:
+        budget //= len(pieces)
+        return [
+            Feed(self.reader, p.source, of, hashers, budget=budget, expert=p.expert, slot=slot)
+            for slot, p in enumerate(pieces)
+        ]
 
     def _part(
         self,
@@ -69,9 +75,8 @@ class Encoder:
         pieces: Sequence[Piece],
         hashers: dict[str, Hasher],
     ) -> Iterator[Bytes]:
-        budget = self.share - 3 * TILE
         to = part.layout(linear)
-        feeds = [self._feed(piece, part.of, budget, hashers) for piece in pieces]
+        feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
         dim, cuts = self._tiles(part, to, feeds)
         unit = 1 if part.of == "q" else linear.g
         zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
@@ -101,8 +106,7 @@ class Encoder:
     def _zeros(self, pieces: Sequence[Piece], linear: Linear, hashers: dict[str, Hasher]) -> Bytes:
         """Zero points 0..15 of one expert, uint8 [G, N]."""
         zeros = np.empty(linear.shape("z"), np.uint8)
-        for piece in pieces:
-            feed = self._feed(piece, "z", 1 << 62, hashers)
+        for piece, feed in zip(pieces, self._feeds(pieces, "z", hashers, self.share), strict=True):
             source, at = feed.window(0, 0, feed.layout.shape[0])
             rows = unpack_nibbles(read_zeros(source, feed.part, at))
             g = piece.source.linear.g
@@ -115,7 +119,7 @@ class Encoder:
         self, part: Part, linear: Linear, pieces: Sequence[Piece], hashers: dict[str, Hasher]
     ) -> Iterator[Bytes]:
         """The dequantized weight [N, K], some columns of it at a time."""
-        feeds = {of: [self._feed(p, of, self.share // 2, hashers) for p in pieces] for of in "qzs"}
+        feeds = {of: self._feeds(pieces, of, hashers, self.share // 4) for of in "qzs"}
         grain = lcm(*(max(a.logical for a in f.layout.axes if a.dim == 1) for f in feeds["q"]), 8)
         step = max(1, TILE // 4 // linear.K // grain) * grain
         for start in range(0, linear.N, step):

@@ -57,7 +57,8 @@ class Reader:
 class Feed:
     """One array of one stored module: any slice of it, digested on the way when read in order.
 
-    `budget`: bytes up to which a tensor is held whole where a slice is not contiguous.
+    `budget`: bytes up to which a tensor is held whole where a slice is not contiguous. `slot`
+    tells feeds of one array apart that a thread uses at the same time.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Feed:
         *,
         budget: int,
         expert: int = 0,
+        slot: int = 0,
     ) -> None:
         self.part, self.info = module.arrays()[of]
         self.linear = module.linear
@@ -76,7 +78,7 @@ class Feed:
         self.size = self.part.nbytes(self.linear)
         self.base = self.info.start + expert * self.size
         self.budget, self._reader = budget, reader
-        self._use = f"source {of}"
+        self._use = f"source {of} {slot}"
         self._hasher = hashers.setdefault(self.info.name, Hasher(self.info.start))
         self._whole: Bytes | None = None
 
