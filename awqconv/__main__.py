@@ -1,0 +1,5 @@
+"""`python -m awqconv`."""
+
+from awqconv.cli import main
+
+main()

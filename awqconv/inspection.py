@@ -1,0 +1,102 @@
+"""What a checkpoint is and what a target would make of it, from headers alone."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from awqconv.checkpoint.model import Model, open_model
+from awqconv.checkpoint.source import Source
+from awqconv.plan import Verdict, verdict
+from awqconv.targets.base import layout
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Modules that differ only by layer or expert number: `name` has * for each number."""
+
+    name: str
+    count: int
+    K: int
+    N: int
+    g: int
+    layout: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint is. Sizes in bytes; `group_size` is the config's, -1 for channelwise.
+
+    `verdicts` and `target` are there if a target was asked for: what it would do with each module.
+    """
+
+    path: str
+    layout: str
+    bits: int
+    group_size: int
+    quantized: int
+    others: int
+    quantized_bytes: int
+    nbytes: int
+    shards: int
+    kinds: list[Kind]
+    modules_to_not_convert: list[str]
+    notes: list[str]
+    target: str | None = None
+    verdicts: list[Verdict] | None = None
+
+    @property
+    def taken(self) -> int:
+        """Number of modules that the target's kernels take."""
+        return sum(not v.rule for v in self.verdicts or [])
+
+
+def inspect(model: str | os.PathLike[str] | Source, *, target: str | None = None) -> Inspection:
+    """Inspect a checkpoint's headers; with `target`, say for each module what it would become.
+
+    Raises AwqconvError for a checkpoint that `convert` would refuse to read.
+    """
+    opened = open_model(model)
+    try:
+        return _inspect(opened, target)
+    finally:
+        opened.checkpoint.source.close()
+
+
+def _inspect(opened: Model, target: str | None) -> Inspection:
+    counts: Counter[tuple[str, int, int, int, str]] = Counter()
+    sizes: Counter[tuple[str, int, int, int, str]] = Counter()
+    for module in opened.modules.values():
+        linear = module.linear
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module.name)
+        key = (name, linear.K, linear.N, linear.g, module.layout)
+        counts[key] += module.experts
+        sizes[key] += sum(info.nbytes for info in module.tensors.values())
+    tensors = opened.checkpoint.tensors.values()
+    verdicts = None
+    if target:
+        chosen = layout(target)
+        verdicts = [verdict(m.original(), chosen, "keep") for m in opened.modules.values()]
+    return Inspection(
+        opened.checkpoint.source.name,
+        opened.layout,
+        4,
+        opened.quantization.group_size,
+        len(opened.modules),
+        len(opened.others),
+        sum(sizes.values()),
+        sum(info.nbytes for info in tensors),
+        len(opened.checkpoint.shards),
+        [
+            Kind(name, n, K, N, g, how, sizes[key])
+            for key, n in counts.items()
+            for name, K, N, g, how in [key]
+        ],
+        list(opened.quantization.modules_to_not_convert),
+        opened.notes,
+        target,
+        verdicts,
+    )

@@ -1,0 +1,471 @@
+"""Prove a conversion: whole, exact, and right when multiplied.
+
+Three levels, in one pass over the files:
+  integrity   every file is there with its size and header, every tensor has its digest, nothing
+              is there that the manifest does not name;
+  exactness   the layout is inverted: q, z and s of every module are the source's, byte for byte,
+              or have the digests that its AWQ bytes had when it was converted; sections derived
+              from them (AMX compensation, bf16 fallback weights) are derived again and compared;
+  product     a kernel that addresses the packed words itself multiplies random activations with
+              some columns of every module; the error against a float64 product of the AWQ weight
+              is held to a bound derived from dtype and K (`awqconv.kernels.bounds`).
+
+The product level shares no code with the packer: positions come from `Layout.offsets`, one
+element at a time, and the reference weight from AutoAWQ's own order by reshape and transpose.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from math import lcm
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from awqconv.checkpoint.config import MANIFEST
+from awqconv.checkpoint.header import TensorInfo
+from awqconv.checkpoint.model import Model, Stored, open_model, read_manifest
+from awqconv.checkpoint.source import Folder
+from awqconv.digest import Hasher, digest
+from awqconv.encoder import Encoder
+from awqconv.errors import AwqconvError
+from awqconv.feed import Feed, Reader
+from awqconv.plan import Piece
+from awqconv.repack import layouts, reference
+from awqconv.repack.floats import RAW, caster, to_float32
+from awqconv.targets.base import Linear, Part, layout
+
+Bytes = NDArray[np.uint8]
+SHARE = 128 << 20  # bytes of memory a thread may use
+COLUMNS = 64
+ROWS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong: `where` names the file, tensor or module."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleReport:
+    """What was found of one module.
+
+    `error` is the relative Frobenius error of the product, ||y - y64|| / ||y64||, `bound` what it
+    was held to, `max_error` the largest |y - y64|; None where no product was made.
+    """
+
+    module: str
+    layout: str
+    exact: bool
+    error: float | None = None
+    bound: float | None = None
+    max_error: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether both levels passed."""
+        within = self.error is None or self.bound is None or self.error <= self.bound
+        return self.exact and within
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result: it holds if there is no problem. Sizes in bytes, `seconds` of wall time."""
+
+    dest: str
+    target: str
+    source: str | None
+    files: int
+    tensors: int
+    nbytes: int
+    modules: list[ModuleReport]
+    problems: list[Problem]
+    sampled: str
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was looked at is right."""
+        return not self.problems
+
+    @property
+    def nearest(self) -> ModuleReport | None:
+        """The module whose error came nearest to its bound."""
+        with_bound = [m for m in self.modules if m.bound]
+        return max(with_bound, key=lambda m: (m.error or 0) / (m.bound or 1), default=None)
+
+
+def verify(
+    dest: str | os.PathLike[str],
+    *,
+    source: str | os.PathLike[str] | None = None,
+    modules: str | None = None,
+    columns: int = COLUMNS,
+    jobs: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Verification:
+    """Verify a folder that `convert` wrote.
+
+    `source`: the AWQ checkpoint, to compare with its bytes instead of the manifest's digests.
+    `modules`: a regular expression; only modules it finds, and no other tensors, are looked at.
+    `columns`: output columns a module's product is made for, 0 for none.
+
+    Raises AwqconvError for input that is no converted folder, a source that is not its source or
+    a bad expression. What is found to be wrong is in the result, not raised.
+    """
+    began = time.perf_counter()
+    try:
+        chosen = re.compile(modules) if modules else None
+    except re.error as error:
+        raise AwqconvError(
+            f"{modules!r} is no regular expression: {error}", fix="Correct --modules."
+        ) from None
+    folder = Folder(dest)
+    manifest = read_manifest(folder)
+    problems = list(_files(folder, manifest))
+    reports: list[ModuleReport] = []
+    counts = (0, 0)
+    model = None
+    if not problems:
+        model = open_model(folder)
+        origin = open_model(source) if source is not None else None
+        check = _Check(model, manifest, origin, columns, progress or (lambda count: None))
+        reports, found, counts = check.run(chosen, jobs or len(os.sched_getaffinity(0)))
+        problems += found
+        if chosen and not reports:
+            raise AwqconvError(
+                f"{modules!r} is in the name of none of {len(model.modules)} modules",
+                str(dest),
+                "Give another --modules.",
+            )
+        if origin:
+            origin.checkpoint.source.close()
+    folder.close()
+    return Verification(
+        str(dest),
+        manifest["target"],
+        None if source is None else str(source),
+        len(manifest["files"]),
+        *counts,
+        reports,
+        problems,
+        f"{ROWS} random activations, {columns} of N columns of each module" if columns else "",
+        time.perf_counter() - began,
+        list(model.notes) if model else [],
+    )
+
+
+def _files(folder: Folder, manifest: dict[str, Any]) -> Iterator[Problem]:
+    """Files that are missing, have another size, header or content, or do not belong."""
+    present = folder.files()
+    for name, entry in manifest["files"].items():
+        size = present.get(name)
+        if size is None:
+            yield Problem(name, "the file is missing")
+        elif size != entry["size"]:
+            yield Problem(name, f"{size:,} bytes, {entry['size']:,} when it was written")
+        elif "header" in entry:
+            length = 8 + int.from_bytes(folder.read(name, 0, 8), "little")
+            if length > size or digest(folder.read(name, 0, length)) != entry["header"]:
+                yield Problem(name, "its header is not as it was written")
+        elif digest(folder.read(name, 0, size)) != entry["digest"]:
+            yield Problem(name, "its content is not as it was written")
+    for name in present:
+        if name.endswith(".safetensors") and name not in manifest["files"]:
+            yield Problem(name, f"{MANIFEST} does not name this file of tensors")
+
+
+class _Check:
+    """Tensors and modules of one folder."""
+
+    def __init__(
+        self,
+        model: Model,
+        manifest: dict[str, Any],
+        origin: Model | None,
+        columns: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.model, self.manifest, self.origin = model, manifest, origin
+        self.columns, self.progress = columns, progress
+        self.reader = Reader(model.checkpoint.source)
+        self.encoder = Encoder(self.reader, SHARE)
+        self.origin_reader = Reader(origin.checkpoint.source) if origin else None
+        self.digests = {
+            (file, name): value
+            for file, entry in manifest["files"].items()
+            for name, value in entry.get("tensors", {}).items()
+        }
+        if origin:
+            self._same_modules(origin)
+
+    def _same_modules(self, origin: Model) -> None:
+        for name, module in self.model.modules.items():
+            other = origin.modules.get(name)
+            mine = (module.linear.K, module.linear.N, module.linear.g, module.experts)
+            if other is None or other.layout != "awq":
+                raise AwqconvError(
+                    f"it has no AWQ module {name}",
+                    origin.checkpoint.source.name,
+                    "Give the checkpoint that was converted as --source.",
+                )
+            theirs = (other.linear.K, other.linear.N, other.linear.g, other.experts)
+            if mine != theirs:
+                raise AwqconvError(
+                    f"{name} has K, N, g = {theirs[:3]} here and {mine[:3]} in the conversion",
+                    origin.checkpoint.source.name,
+                    "Give the checkpoint that was converted as --source.",
+                )
+
+    def run(
+        self, chosen: re.Pattern[str] | None, workers: int
+    ) -> tuple[list[ModuleReport], list[Problem], tuple[int, int]]:
+        """Reports and problems, and the number and bytes of the tensors looked at."""
+        jobs: list[Callable[[], tuple[ModuleReport | None, list[Problem], int, int]]] = []
+        for item in self.model.items():
+            if isinstance(item, Stored):
+                if not chosen or chosen.search(item.name):
+                    jobs.append(lambda item=item: self._module(item))  # type: ignore[misc]
+            elif not chosen:
+                jobs.append(lambda item=item: self._other(item))  # type: ignore[misc]
+        reports, problems, tensors, nbytes = [], [], 0, 0
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            for future in futures:
+                report, found, count, size = future.result()
+                reports += [report] if report else []
+                problems += found
+                tensors += count
+                nbytes += size
+        return reports, problems, (tensors, nbytes)
+
+    def _digest(self, info: TensorInfo, hasher: Hasher | None = None) -> list[Problem]:
+        """Compare a tensor's digest with the manifest's; `hasher` has taken in its beginning."""
+        value = self.digests.get((info.file, info.name))
+        if self.reader.digest(info, hasher) == value:
+            return []
+        said = "its bytes are not those that were written" if value else "the manifest lacks it"
+        return [Problem(info.name, said)]
+
+    def _other(self, info: TensorInfo) -> tuple[None, list[Problem], int, int]:
+        problems = self._digest(info)
+        if self.origin and not problems:
+            problems = self._same_bytes(info, info.dtype)
+        self.progress(info.nbytes)
+        return None, problems, 1, info.nbytes
+
+    def _same_bytes(self, info: TensorInfo, was: str) -> list[Problem]:
+        """Compare a tensor with the source's tensor of its name, of dtype `was` there."""
+        assert self.origin
+        assert self.origin_reader
+        theirs = self.origin.checkpoint.tensors.get(info.name)
+        if theirs is None or (theirs.dtype, theirs.shape) != (was, info.shape):
+            return [Problem(info.name, "the source has no such tensor")]
+        mine = self.reader.chunks(info)
+        for chunk in self.origin_reader.chunks(theirs):
+            if was != info.dtype:
+                raw = np.frombuffer(self.reader.source.read(info.file, info.start, info.stop), "u1")
+                cast = caster(was, info.dtype)(chunk.view(RAW[was]))
+                same = np.array_equal(raw, cast.view(np.uint8))
+            else:
+                same = np.array_equal(chunk, next(mine))
+            if not same:
+                return [Problem(info.name, "its bytes are not the source's")]
+        return []
+
+    def _module(self, module: Stored) -> tuple[ModuleReport, list[Problem], int, int]:
+        name = module.name
+        hashers: dict[str, Hasher] = {}
+        sample = self._sample(module) if self.columns else None
+        found = list(self._exact(module, hashers, sample))
+        infos = [*module.tensors.values(), *module.kept.values()]
+        infos += [module.bias] if module.bias else []
+        constants = layout(module.layout).constants(module.linear)
+        infos += [self.model.checkpoint.tensors[f"{name}.{suffix}"] for suffix in constants]
+        damaged = [p for info in infos for p in self._digest(info, hashers.get(info.name))]
+        if module.bias and self.origin and module.linear.bias:
+            damaged += self._same_bytes(module.bias, module.linear.bias)
+        problems = [Problem(f"module {name}", p.what + f" ({p.where})") for p in damaged]
+        problems += [Problem(f"module {name}", what) for what in found]
+        report = ModuleReport(name, module.layout, not problems)
+        if sample:
+            error, bound, worst, beyond = self._product(module, sample)
+            report = replace(report, error=error, bound=bound, max_error=worst)
+            if beyond:
+                problems.append(Problem(f"module {name}", beyond))
+        size = sum(info.nbytes for info in infos)
+        self.progress(size)
+        return report, problems, len(infos), size
+
+    # --- exactness
+
+    def _exact(
+        self, module: Stored, hashers: dict[str, Hasher], sample: _Sample | None
+    ) -> Iterator[str]:
+        """What is not as it was in AWQ form. Fills the sample with AWQ rows."""
+        original, awq = module.original(), layout("awq")
+        linear = original.linear
+        expected = self.manifest["modules"][module.name]["awq"]
+        theirs = self.origin.modules[module.name] if self.origin else None
+        wrong = False
+        for part in awq.parts(linear):
+            hasher, same = Hasher(), True
+            info = theirs.tensors[part.suffix] if theirs else None
+            for e in range(module.experts):
+                for tile in self._tiles(awq, part, linear, original, e, hashers):
+                    if info and same:
+                        same = self._as_source(info, hasher.position, tile)
+                    hasher.update(hasher.position, tile)
+                    if sample and e == sample.expert:
+                        sample.take(part, linear, tile)
+            if not same or (not info and hasher.hexdigest() != expected[part.suffix]):
+                wrong = True
+                if not info:
+                    yield (
+                        f"its {part.suffix}, turned back to AWQ, is not what was converted "
+                        "(give --source to see where)"
+                    )
+        if wrong and theirs:
+            yield self._explain(module, original, theirs)
+        target = layout(module.layout)
+        for part in target.parts(module.linear):
+            again = part.of == "w" or (part.of == "s" and "scales" in module.kept)
+            if (again or part.pattern.pad) and not wrong:
+                info = module.tensors[part.suffix]
+                position = info.start
+                for e in range(module.experts):
+                    for tile in self._tiles(target, part, module.linear, original, e, {}):
+                        stored = self.reader.arena.take("compare", len(tile))
+                        self.reader.source.readinto(info.file, position, stored.data)
+                        if not np.array_equal(stored, tile):
+                            at = position - info.start + int((stored != tile).argmax())
+                            yield (
+                                f"its {part.suffix} does not follow from its codes: byte {at:,} "
+                                "is wrong"
+                            )
+                            return
+                        position += len(tile)
+
+    def _tiles(
+        self, target: Any, part: Any, linear: Linear, module: Stored, e: int, hashers: Any
+    ) -> Iterator[Bytes]:
+        piece = Piece(module, (0, linear.K), (0, linear.N), expert=e)
+        return self.encoder.tiles(target, part, linear, (piece,), hashers)
+
+    def _as_source(self, info: TensorInfo, offset: int, tile: Bytes) -> bool:
+        assert self.origin_reader
+        buffer = self.origin_reader.arena.take("source", len(tile))
+        self.origin_reader.source.readinto(info.file, info.start + offset, buffer.data)
+        return np.array_equal(buffer, tile)
+
+    def _explain(self, module: Stored, original: Stored, theirs: Stored) -> str:
+        """The first element that differs from the source, and the worst error of a weight."""
+        linear, first, worst = original.linear, "", 0.0
+        assert self.origin_reader
+        awq = layout("awq")
+        for e in range(module.experts):
+            arrays = []
+            for reader, stored in ((self.reader, original), (self.origin_reader, theirs)):
+                encoder = Encoder(reader, SHARE)
+                piece = (Piece(stored, (0, linear.K), (0, linear.N), expert=e),)
+                rows = {
+                    part.of: [t.copy() for t in encoder.tiles(awq, part, linear, piece, {})]
+                    for part in awq.parts(linear)
+                }
+                arrays.append(_weight(rows, linear))
+            for of, title in (("q", "code"), ("z", "zero point"), ("s", "scale")):
+                mine, source = arrays[0][of], arrays[1][of]
+                differ = np.argwhere(mine != source)
+                if len(differ) and not first:
+                    i, n = differ[0]
+                    row = "k" if of == "q" else "group"
+                    first = (
+                        f"the {title} at {row} {i}, column {n} is {mine[i, n]}, the source has "
+                        f"{source[i, n]} ({len(differ):,} of {mine.size:,} differ)"
+                    )
+            with np.errstate(invalid="ignore"):
+                difference = np.abs(arrays[0]["w"] - arrays[1]["w"])
+            worst = max(worst, float(np.nanmax(difference, initial=0)))
+        return f"{first or 'bits of its scales differ'}; worst error of a weight {worst:.3g}"
+
+    # --- product
+
+    def _sample(self, module: Stored) -> _Sample:
+        """Which columns of a module to multiply: a window that its layout can be cut at."""
+        linear = module.linear
+        parts = (*layout(module.layout).parts(linear), *layout("awq").parts(linear))
+        grain = lcm(*(max(a.logical for a in p.layout(linear).axes if a.dim == 1) for p in parts))
+        random = np.random.default_rng(int(digest(module.name.encode())[:8], 16))
+        width = min(linear.N, -(-self.columns // grain) * grain)
+        start = int(random.integers(0, (linear.N - width) // grain + 1)) * grain
+        expert = int(random.integers(0, module.experts))
+        return _Sample(linear, start, width, expert, random)
+
+    def _product(self, module: Stored, sample: _Sample) -> tuple[float, float, float, str]:
+        """Relative error, its bound, the largest error, and what is beyond the bound, if any."""
+        from awqconv.kernels import bounds, cpu
+
+        linear = replace(module.linear, N=sample.width, bias=None)
+        target = layout(module.layout)
+        as_is = replace(module, kept={})
+        packed: dict[str, Bytes] = {}
+        for part in target.parts(module.linear):
+            feed = Feed(self.reader, as_is, part.of, {}, budget=0, expert=sample.expert)
+            window = feed.window(1, sample.start, sample.start + sample.width)[0]
+            packed[part.suffix] = window.copy()
+        x = sample.random.standard_normal((ROWS, linear.K), np.float32)
+        weight = _weight(sample.rows, replace(module.original().linear, N=sample.width))["w"]
+        exact = x.astype(np.float64) @ weight
+        y = cpu.gemm(x, packed, target, linear)
+        return bounds.judge(y, exact, x, weight, target, linear)
+
+
+@dataclass
+class _Sample:
+    """A window of one expert's columns, and its AWQ rows as they pass by."""
+
+    linear: Linear
+    start: int
+    width: int
+    expert: int
+    random: np.random.Generator
+    rows: dict[str, list[Bytes]] = field(default_factory=lambda: defaultdict(list))
+
+    def take(self, part: Part, linear: Linear, tile: Bytes) -> None:
+        """Keep the window of a tile of AWQ rows."""
+        row = part.nbytes(linear) // linear.shape(part.of)[0]
+        low, high = (row * n // linear.N for n in (self.start, self.start + self.width))
+        self.rows[part.of].append(tile.reshape(-1, row)[:, low:high].copy())
+
+
+def _weight(rows: Mapping[str, Sequence[Bytes]], linear: Linear) -> dict[str, NDArray[Any]]:
+    """Codes, zero points, scales and the float64 weight [K, N] of AWQ bytes, by plain numpy."""
+    found: dict[str, NDArray[Any]] = {}
+    for of in "qz":
+        packed = np.concatenate(rows[of])
+        found[of] = reference.unpack(packed, layouts.AWQ, linear.shape(of))
+    raw = np.concatenate(rows["s"]).reshape(-1).view(RAW[linear.scales])
+    found["s"] = to_float32(raw.reshape(linear.shape("s")), linear.scales)
+    offset = found["q"].astype(np.float64) - np.repeat(found["z"], linear.g, 0)
+    found["w"] = offset * np.repeat(found["s"], linear.g, 0)
+    return found
