@@ -1,18 +1,18 @@
-"""CPU kernels on packed words: y = x @ ((q - z) * s), codes, and the dequantized weight.
+"""CPU kernels on packed words: y = x @ ((q - z) * s), the codes, the dequantized weight.
 
-A `Weight` holds a layer's stored tensors and the tables that address them; `gemm`, `dequantize`
-and `codes` are its methods for one use. Arithmetic of `gemm`, in float32, over blocks of at most
-`ROWS` rows that lie within one group i and are summed in turn:
+A `Weight` holds one layer's stored tensors and the tables that address them, and serves many
+calls; `gemm`, `dequantize` and `codes` are its methods for a single one. `gemm` sums in float32
+over blocks of at most 128 rows that lie within one group i:
 
     y[m, n] = bias[n] + sum over blocks of s[i, n] * (sum over the block's k of x[m, k] (q - z))
 
-q - z is an integer of at most 4 bits and a sign, so no product is rounded before it is added, and
-a sum has a depth of `depth(K)` additions. `bounds` turns that into the error allowed.
+q - z is exact, so `roundings` counts few steps from a product to y, and one flipped bit of one
+code tends to exceed the error that `bounds` derives from them.
 
-A layout whose rows are padded by one int32 a column (AMX) is multiplied as its engine does it,
-W4A8: activations are rounded to a = 128 + round(127 x / max|x|) by row, blocks are those of the
-layout, their sums are exact integers, and 128 times the compensation read from the padding is
-taken off. Source: sgl-kernel/csrc/cpu/gemm_int4.cpp int4_scaled_mm_cpu.
+A layout with one int32 a column after each block (AMX) is multiplied as its engine does it, W4A8:
+activations become a = 128 + round(127 x / max|x|) by row, blocks are those of the layout, their
+sums are exact integers, and 128 times the compensation as stored is taken off them. Source:
+sgl-kernel/csrc/cpu/gemm_int4.cpp int4_scaled_mm_cpu.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,17 +31,41 @@ from awqconv.repack.floats import RAW, to_float32
 from awqconv.targets.base import Linear, Part, Target
 
 Arrays = Mapping[str, NDArray[Any]]
-Codes = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]
+Floats = NDArray[np.float32]
+Codes = tuple[NDArray[np.uint8], NDArray[np.uint8], Floats]
+Positions = NDArray[np.uint64]  # in nibbles
 
-ROWS = 128  # of a block
-TILE = 64  # columns, where words hold no neighbours along N
+BLOCK = 128  # rows: of engines' AMX blocks too, whose sums float32 holds exactly (< 2^24)
+TILE = 512  # columns that are multiplied together
+
+
+class Tables(NamedTuple):
+    """Where `loops.multiply` finds each element, with B blocks, and W words across n columns.
+
+    Rows of a block and columns are taken in storage order. Where all words hold the same rows and
+    columns at the same nibbles, `rows` and `columns` address words and a word is loaded once for
+    all its nibbles; else each element has a word of its own.
+    """
+
+    words: NDArray[np.uint32]
+    rows: Positions  # [K / rows in a word]
+    columns: Positions  # [W]
+    shifts: NDArray[np.uint32]  # [rows in a word, columns in a word], bits
+    xor: np.uint32
+    ks: NDArray[np.int64]  # [K] the logical row of each row that is multiplied
+    ns: NDArray[np.int64]  # [n] the output column of each column
+    blocks: NDArray[np.int64]  # [B, 3]: first row, last row, group
+    zeros: Floats  # [G, n]
+    scales: Floats  # [G, n]
+    minus: Floats  # [B, n], 128 times the compensation, or [0, 0]
+    width: int  # words across a tile
 
 
 class Weight:
-    """One layer's packed tensors, addressed: `packed` holds them by suffix, as bytes of any dtype.
+    """A layer's packed tensors, addressed. `packed` has them by suffix, as bytes of any dtype.
 
-    `columns` (int64, logical, any order) samples the output; without it, n is all of N.
-    Raises AwqconvError for a tensor that is missing or of the wrong size.
+    `columns` (int64, any order) samples the output's n columns; without it n = N. Raises
+    AwqconvError for a tensor that is missing or of the wrong size.
     """
 
     def __init__(
@@ -54,17 +78,54 @@ class Weight:
         self.linear, self.packed = linear, packed
         self.columns = np.arange(linear.N) if columns is None else np.asarray(columns, np.int64)
         self.parts = {part.of: part for part in target.parts(linear)}
-        bias = target.bias(linear)
-        self.bias = None
-        if bias:
-            self.bias = to_float32(_raw(packed, "bias", RAW[bias], linear.N), bias)[self.columns]
+        self.bias: Floats | None = None
+        if bias := target.bias(linear):
+            raw = _raw(packed, "bias", RAW[bias], linear.N)
+            self.bias = to_float32(raw, bias)[self.columns]
         if "w" in self.parts:
             self.w = self._numbers(self.parts["w"])
         else:
             self.z, self.s = self._zeros(), self._numbers(self.parts["s"])
-            self._address()
+            self.tables = self._address()
 
-    def _offsets(self, part: Part) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    def gemm(self, x: Floats, threads: int = 1) -> Floats:
+        """x [M, K] @ w [K, n] + bias: float32 [M, n], on this thread and threads - 1 others.
+
+        Does not depend on `threads` or on the other rows of x.
+        """
+        if x.ndim != 2 or x.shape[1] != self.linear.K:
+            raise ValueError(f"x is {x.shape}, and the layer takes K = {self.linear.K}")
+        x = np.ascontiguousarray(x, np.float32)
+        y = x @ self.w if "w" in self.parts else self._multiply(x, threads)
+        return y if self.bias is None else y + self.bias
+
+    def dequantize(self) -> Floats:
+        """(q - z) * s as float32 [K, n]; no rounding where the scales have 16 bits."""
+        if "w" in self.parts:
+            return self.w
+        w = self._nibbles(self.parts["q"]).astype(np.float32)
+        groups = w.reshape(self.linear.G, self.linear.g, -1)
+        groups -= self.z[:, None]
+        groups *= self.s[:, None]
+        return w
+
+    def codes(self) -> Codes:
+        """q uint8 [K, n], z uint8 [G, n], s float32 [G, n].
+
+        Raises VerificationError where a zero point is no integer of 0..15.
+        """
+        wrong = np.argwhere(~np.isin(self.z, np.arange(16)))
+        if len(wrong):
+            group, j = wrong[0]
+            raise VerificationError(
+                f"the zero point of group {group}, column {self.columns[j]} is {self.z[group, j]}",
+                self.parts["z"].suffix,
+                "convert the checkpoint again",
+            )
+        return self._nibbles(self.parts["q"]), self.z.astype(np.uint8), self.s
+
+    def _offsets(self, part: Part) -> tuple[Positions, Positions]:
+        """Where rows, and where this weight's columns, lie in a part: in elements."""
         layout = part.layout(self.linear)
         rows = layout.offsets(0) + layout.offset
         return rows.astype(np.uint64), layout.offsets(1)[self.columns].astype(np.uint64)
@@ -81,199 +142,168 @@ class Weight:
         _loops().nibbles(self._words(part), rows, columns, part.xor, out)
         return out
 
-    def _numbers(self, part: Part) -> NDArray[np.float32]:
+    def _numbers(self, part: Part) -> Floats:
         rows, columns = self._offsets(part)
-        size = part.nbytes(self.linear) // RAW[part.dtype].itemsize
-        raw = _raw(self.packed, part.suffix, RAW[part.dtype], size)
+        dtype = RAW[part.dtype]
+        raw = _raw(self.packed, part.suffix, dtype, part.nbytes(self.linear) // dtype.itemsize)
         return to_float32(raw[rows[:, None] + columns], part.dtype)
 
-    def _zeros(self) -> NDArray[np.float32]:
+    def _zeros(self) -> Floats:
         """Zero points as stored: what is no integer stays none."""
         part = self.parts["z"]
         if part.coded:
             return self._nibbles(part).astype(np.float32)
         return (self._numbers(part) - np.float32(part.offset)) * np.float32(part.sign)
 
-    def _address(self) -> None:
-        """The tables of `loops.multiply`.
+    def _address(self) -> Tables:
+        part, K, g = self.parts["q"], self.linear.K, self.linear.g
+        length = part.pattern.granule(0) if part.pattern.pad else BLOCK
+        starts = np.array([k for i in range(0, K, g) for k in range(i, i + g, length)], np.int64)
+        blocks = np.stack((starts, np.append(starts[1:], K), starts // g), 1)
 
-        Rows of a block and columns are taken in storage order. Where all their words hold the same
-        number of rows and columns at the same nibbles, `rows` and `columns` are positions of words
-        and `shifts` [rows, columns in a word] the bits to shift by; else every element has its own.
-        `ks`, `ns`: the logical indices in the order of the buffer.
-        """
-        part, linear = self.parts["q"], self.linear
         off_k, off_n = self._offsets(part)
-        granule = part.pattern.granule
-        self.padded = part.pattern.pad > 0
-        order_n = np.argsort(off_n, kind="stable")
-        columns, in_n = _by_word(off_n[order_n])
-        self.width = max(TILE // len(in_n), 32)
-        tile = self.width * len(in_n)
-        depth = granule(0) if self.padded else min(ROWS, ROWS * TILE // tile)
-        starts = np.array(
-            [
-                k
-                for group in range(0, linear.K, linear.g)
-                for k in range(group, group + linear.g, depth)
-            ]
+        ks = np.concatenate([start + np.argsort(off_k[start:end]) for start, end, _ in blocks])
+        ns = np.argsort(off_n)
+        (rows, in_k), (columns, in_n) = _by_word(off_k[ks], starts), _by_word(off_n[ns])
+        if max(in_k) + max(in_n) + max(rows % 8) + max(columns % 8) > 7:
+            (rows, in_k), (columns, in_n) = (off_k[ks], _FIRST), (off_n[ns], _FIRST)
+
+        tiles = -(-len(ns) // TILE)
+        width = -(-len(columns) // tiles // 8) * 8
+        # A tile takes the columns at a word's first nibble, then those at its next, and so on.
+        by_word = ns.reshape(-1, len(in_n))
+        ns = np.concatenate(
+            [by_word[j : j + width].T.reshape(-1) for j in range(0, len(columns), width)]
         )
-        ends = np.append(starts[1:], linear.K)
-        self.blocks = np.stack((starts, ends, starts // linear.g), 1)
-        order_k = np.concatenate(
-            [start + np.argsort(off_k[start:end]) for start, end in zip(starts, ends, strict=True)]
+        minus = np.empty((0, 0), np.float32)
+        if part.pattern.pad:
+            minus = np.float32(128) * self._compensation(part)[:, ns].astype(np.float32)
+        return Tables(
+            words=self._words(part),
+            rows=rows,
+            columns=columns,
+            shifts=(4 * (in_k[:, None] + in_n)).astype(np.uint32),
+            xor=np.uint32(0x11111111 * part.xor),
+            ks=ks,
+            ns=ns,
+            blocks=blocks,
+            zeros=np.ascontiguousarray(self.z[:, ns]),
+            scales=np.ascontiguousarray(self.s[:, ns]),
+            minus=np.ascontiguousarray(minus),
+            width=width,
         )
-        rows, in_k = _by_word(off_k[order_k], starts)
-        self.words, self.rows, self.word_columns = self._words(part), rows, columns
-        self.shifts = (4 * (in_k[:, None] + in_n)).astype(np.uint32)
-        self.xor = np.uint32(0x11111111 * part.xor)
-        whole = len(columns) // self.width * tile
-        self.ks = order_k
-        # A tile's columns: those at a word's first nibble, then those at its next, ...
-        self.ns = np.concatenate(
-            [
-                piece.reshape(tiles, -1, len(in_n)).transpose(0, 2, 1).reshape(-1)
-                for piece, tiles in ((order_n[:whole], whole // tile), (order_n[whole:], 1))
-                if len(piece)
-            ]
-        )
-        self.zn, self.sn = (np.ascontiguousarray(part[:, self.ns]) for part in (self.z, self.s))
-        self.minus = np.empty((0, 0), np.float32)
-        if self.padded:
-            comp = self._compensation(part)[:, self.ns].astype(np.float32)
-            self.minus = np.ascontiguousarray(128 * comp)
 
     def _compensation(self, part: Part) -> NDArray[np.int32]:
-        """The int32 after each block of rows, [K / block, n]."""
+        """The int32 of each column after each block of rows, [B, n]."""
         block, neighbours = part.pattern.granule(0), part.pattern.granule(1)
         if part.pattern.pad != 8 * neighbours:
-            raise ValueError(f"{part.pattern} is not padded by one int32 a column")
+            raise ValueError(f"{part.pattern} is not padded by one int32 for each column")
         layout = part.layout(self.linear)
-        row = layout.stored[-1] * layout.stored[-2]
-        start = (
-            layout.offsets(0)[::block, None]
-            + layout.offsets(1)[self.columns // neighbours * neighbours]
-        )
-        return self.words.view("<i4")[(start + row) // 8 + self.columns % neighbours]
+        rows, columns = layout.offsets(0)[::block], layout.offsets(1)
+        place = self.columns % neighbours
+        start = rows[:, None] + columns[self.columns - place]
+        words = self._words(part).view("<i4")
+        return words[(start + layout.stored[-2] * layout.stored[-1]) // 8 + place]
 
-    def gemm(self, x: NDArray[np.float32], threads: int = 1) -> NDArray[np.float32]:
-        """x [M, K] @ w [K, n] + bias, float32 [M, n], on this thread and threads - 1 more."""
-        M, n = len(x), len(self.columns)
-        if x.shape != (M, self.linear.K):
-            raise ValueError(f"x is {x.shape}, and the layer takes K = {self.linear.K}")
-        x = np.ascontiguousarray(x, np.float32)
-        if "w" in self.parts:
-            y = x @ self.w
-        else:
-            alpha = np.ones(M, np.float32)
-            if self.padded:
-                x, alpha = quantize_rows(x)
-            y = np.empty((M, n), np.float32)
-            tiles = -(-len(self.word_columns) // self.width)
-            threads = min(threads, tiles)
-            ends = [tiles * i // threads for i in range(threads + 1)]
+    def _multiply(self, x: Floats, threads: int) -> Floats:
+        alpha = np.ones(len(x), np.float32)
+        if self.tables.minus.size:
+            x, alpha = quantize_rows(x)
+        y = np.empty((len(x), len(self.columns)), np.float32)
 
-            def run(first: int, last: int) -> None:
-                _loops().multiply(
-                    x, self.words, self.rows, self.word_columns, self.shifts, self.xor,
-                    self.ks, self.ns, self.blocks, self.zn, self.sn, self.minus, alpha,
-                    self.width, first, last, y,
-                )  # fmt: skip
+        def run(first: int, last: int) -> None:
+            _loops().multiply(*self.tables, x, alpha, first, last, y)
 
-            (mine, *rest) = pairwise(ends)
-            others = [_pool().submit(run, *piece) for piece in rest]
-            run(*mine)
-            for other in others:
-                other.result()
-        return y if self.bias is None else y + self.bias
-
-    def codes(self) -> Codes:
-        """q uint8 [K, n], z uint8 [G, n], s float32 [G, n]: what the words hold.
-
-        Raises VerificationError where a zero point is no integer of 0..15.
-        """
-        z = self.z.astype(np.uint8)
-        wrong = np.argwhere((z != self.z) | (z > 15))
-        if len(wrong):
-            i, j = wrong[0]
-            raise VerificationError(
-                f"a zero point is {self.z[i, j]}: group {i}, column {self.columns[j]}",
-                self.parts["z"].suffix,
-                "convert the checkpoint again",
-            )
-        return self._nibbles(self.parts["q"]), z, self.s
-
-    def dequantize(self) -> NDArray[np.float32]:
-        """(q - z) * s as float32 [K, n], exact for 16-bit scales."""
-        if "w" in self.parts:
-            return self.w
-        w = (
-            self._nibbles(self.parts["q"])
-            .astype(np.float32)
-            .reshape(self.linear.G, self.linear.g, -1)
-        )
-        w -= self.z[:, None]
-        w *= self.s[:, None]
-        return w.reshape(self.linear.K, -1)
+        tiles = -(-len(self.tables.columns) // self.tables.width)
+        threads = max(1, min(threads, tiles))
+        mine, *rest = pairwise(tiles * i // threads for i in range(threads + 1))
+        others = [_pool().submit(run, *piece) for piece in rest]
+        run(*mine)
+        for other in others:
+            other.result()
+        return y
 
 
 def gemm(
-    x: NDArray[np.float32],
+    x: Floats,
     packed: Arrays,
     target: Target,
     linear: Linear,
     columns: NDArray[np.int64] | None = None,
     *,
     threads: int = 1,
-) -> NDArray[np.float32]:
-    """x float32 [M, K] times the packed weight (+ bias): float32 [M, n]."""
+) -> Floats:
+    """x float32 [M, K] times the packed weight, + bias: float32 [M, n]. See `Weight`."""
     return Weight(packed, target, linear, columns).gemm(x, threads)
 
 
 def dequantize(
     packed: Arrays, target: Target, linear: Linear, columns: NDArray[np.int64] | None = None
-) -> NDArray[np.float32]:
-    """The weight (q - z) * s as float32 [K, n]."""
+) -> Floats:
+    """The weight (q - z) * s, float32 [K, n]. See `Weight`."""
     return Weight(packed, target, linear, columns).dequantize()
 
 
 def codes(
     packed: Arrays, target: Target, linear: Linear, columns: NDArray[np.int64] | None = None
 ) -> Codes:
-    """q uint8 [K, n], z uint8 [G, n], s float32 [G, n], read through separable addresses."""
+    """q uint8 [K, n], z uint8 [G, n], s float32 [G, n]. See `Weight`."""
     return Weight(packed, target, linear, columns).codes()
 
 
-def quantize_rows(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Activations as 128 + round(x * (127 / max|x|)) [M, K] and their scales max|x| / 127 [M]."""
+def quantize_rows(x: Floats) -> tuple[Floats, Floats]:
+    """128 + round(x * (127 / max|x|)) [M, K] and the scales max|x| / 127 [M], max|x| by row.
+
+    The least max|x| is 1e-7. Source: sgl-kernel/csrc/cpu/vec.h quantize_row_int8.
+    """
     peak = np.maximum(np.abs(x).max(1), np.float32(1e-7))
     return np.rint(x * (np.float32(127) / peak)[:, None]) + np.float32(128), peak / np.float32(127)
 
 
-def _raw(packed: Arrays, suffix: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    if suffix not in packed:
-        raise AwqconvError(f"there is no {suffix}", fix="convert the checkpoint again")
-    raw = np.ascontiguousarray(packed[suffix]).reshape(-1).view(np.uint8)
-    if raw.size != count * dtype.itemsize:
-        raise AwqconvError(
-            f"{suffix} has {raw.size} bytes and the layout {count * dtype.itemsize}",
-            fix="convert the checkpoint again",
-        )
-    return raw.view(dtype)
+def roundings(target: Target, linear: Linear) -> int:
+    """The most roundings that lie between a product x[m, k] w[k, n] and y[m, n] in `gemm`."""
+    (part,) = (part for part in target.parts(linear) if part.of in "qw")
+    bias = linear.bias is not None
+    if part.of == "w":
+        return linear.K + bias
+    length = part.pattern.granule(0) if part.pattern.pad else min(BLOCK, linear.g)
+    blocks = linear.G * -(-linear.g // length)
+    # In a block: a product, 4 additions to 7 others, and those of such sums (AMX: all exact). Then
+    # alpha and the scale, and an addition for each block.
+    return (0 if part.pattern.pad else 5 + -(-length // 8)) + 2 + blocks + bias
 
 
-def _by_word(
-    positions: NDArray[np.uint64], starts: NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Sorted nibble positions as (positions of words, nibbles that each of them holds)."""
-    here = positions[positions < positions[0] // 8 * 8 + 8] % 8
+_FIRST = np.zeros(1, np.uint64)
+
+
+def _by_word(positions: Positions, starts: NDArray[np.int64] | None = None) -> tuple[Any, Any]:
+    """Positions in storage order as (positions of words, the nibbles that each of them holds).
+
+    Where words differ, or one crosses a start: (positions, 0), each nibble for itself.
+    """
+    word = positions[0] - positions[0] % 8
+    here = positions[: np.searchsorted(positions, word + 8)] - word
     size = len(here)
     if len(positions) % size == 0 and (starts is None or not (starts % size).any()):
         words = positions.reshape(-1, size)
-        first = words[:, :1] - here[0]
-        if (first % 8 == 0).all() and (words - first == here).all():
-            return first[:, 0].copy(), here
-    return positions, np.zeros(1, np.uint64)
+        first = words[:, 0] - here[0]
+        if not (first % 8).any() and (words == first[:, None] + here).all():
+            return first, here
+    return positions, _FIRST
+
+
+def _raw(packed: Arrays, suffix: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """The stored elements, flat. Raises AwqconvError for a missing tensor or a wrong size."""
+    if suffix not in packed:
+        raise AwqconvError("the tensor is missing", suffix, "convert the checkpoint again")
+    raw = np.ascontiguousarray(packed[suffix]).reshape(-1).view(np.uint8)
+    if raw.size != count * dtype.itemsize:
+        raise AwqconvError(
+            f"it has {raw.size} bytes, and the layout {count * dtype.itemsize}",
+            suffix,
+            "convert the checkpoint again",
+        )
+    return raw.view(dtype)
 
 
 @cache
@@ -285,4 +315,4 @@ def _loops() -> Any:
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(thread_name_prefix="awqconv")
+    return ThreadPoolExecutor(thread_name_prefix="awqconv-gemm")
