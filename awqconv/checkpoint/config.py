@@ -85,6 +85,8 @@ def quant_config(config: dict[str, Any], source: Source) -> QuantConfig:
     name, and for values of a wrong type.
     """
     raw, where = _find(config, source)
+    if MANIFEST in source.files():  # whatever the config says, the manifest says what it is
+        return QuantConfig("awqconv", 4, -1, True, "", (), raw)
     lower = {key: value.lower() if isinstance(value, str) else value for key, value in raw.items()}
     method = lower.get("quant_method")
     if not isinstance(method, str):
