@@ -61,7 +61,7 @@ def _size(dtype: object, shape: object) -> int:
         raise ValueError(f"a shape must be a list of at most {MAX_DIMENSIONS} lengths")
     count = 1
     for length in shape:
-        if type(length) is not int or length < 0:
+        if type(length) is not int or not 0 <= length < _TOO_LARGE:
             raise ValueError(f"a dimension of {shown(str(length), 40)} in its shape")
         count *= length
         if count >= _TOO_LARGE:
