@@ -203,7 +203,7 @@ class Weight:
         place = self.columns % neighbours
         start = rows[:, None] + columns[self.columns - place]
         words = self._words(part).view("<i4")
-        return words[(start + layout.stored[-2] * layout.stored[-1]) // 8 + place]
+        return np.asarray(words[(start + layout.stored[-2] * layout.stored[-1]) // 8 + place])
 
     def _multiply(self, x: Floats, threads: int) -> Floats:
         alpha = np.ones(len(x), np.float32)
