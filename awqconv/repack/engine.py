@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache, reduce
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, count, pairwise, product
 from operator import mul
 from typing import Any, NamedTuple
 
@@ -94,7 +94,7 @@ def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: 
     logical shape, their strides and offsets counted in elements of `bits` = 4, 8, 16 or 32.
     Nibbles are xored with `xor` = 0..15. What lies between the elements of b keeps its value.
     The interpreter lock is released; any number of threads may call this. Fastest where the rows
-    of `dst` begin on cache lines (64 bytes).
+    of `dst` begin on cache lines (see `aligned`).
 
     Raises ValueError for arguments that are not so, before anything is written.
     """
@@ -145,12 +145,19 @@ def nibble_sums(src: Bytes, rows: int, row_bytes: int, out: NDArray[np.uint16]) 
         raise ValueError(f"{rows} rows of {width} bytes every {row_bytes} leave src, {src.size}")
     out[:] = 0
     lines, full = width // _LINE, rows // _BURST
-    for size, at, count in ((_LINE, 0, lines), (1, lines * _LINE, width % _LINE)):
+    for size, at, times in ((_LINE, 0, lines), (1, lines * _LINE, width % _LINE)):
         for row, bursts, height in ((0, full, _BURST), (full * _BURST, 1, rows % _BURST)):
-            if count and bursts and height:
-                params = np.array([bursts, count, height, row_bytes], np.int64)
+            if times and bursts and height:
+                params = np.array([bursts, times, height, row_bytes], np.int64)
                 begin = src.ctypes.data + row * row_bytes + at
                 _function(size)(begin, out.ctypes.data + 4 * at, params.ctypes.data)
+
+
+def aligned(size: int) -> Bytes:
+    """uint8 [size], not initialized, that begins on a cache line: what `repack` best writes to."""
+    room = np.empty(size + _LINE, np.uint8)
+    begin = -room.ctypes.data % _LINE
+    return room[begin : begin + size]
 
 
 def _check(name: str, buffer: NDArray[Any], dtype: type[np.generic]) -> None:
@@ -179,22 +186,30 @@ def _digits(a: Layout, b: Layout, bits: int) -> list[Digit] | None:
     return digits
 
 
+Order = Callable[[Digit], tuple[int, int]]
+
+
+def _by_a(digit: Digit) -> tuple[int, int]:
+    return digit.a, digit.b
+
+
+def _by_b(digit: Digit) -> tuple[int, int]:
+    return digit.b, digit.a
+
+
 class _Parts:
     """Digits as the bits that registers hold in A (`first`) and in B (`last`), and as loops."""
 
-    def __init__(self, digits: list[Digit], side: Callable[[Digit], int]) -> None:
+    def __init__(self, digits: list[Digit]) -> None:
         bits, rest = [], []
         for size, a, b in digits:
             twos = (size & -size).bit_length() - 1
             bits += [Digit(2, a << i, b << i) for i in range(twos)]
             rest.append(Digit(size >> twos, a << twos, b << twos))
-        self.first, self.last = (
-            self._chain({d.a: d for d in bits}),
-            self._chain({d.b: d for d in bits}),
-        )
+        self.first = self._chain({bit.a: bit for bit in bits})
+        self.last = self._chain({bit.b: bit for bit in bits})
         self.tile = list(dict.fromkeys(self.first + self.last))
-        rest += [bit for bit in bits if bit not in self.tile]
-        self.loops = sorted(self._merge(rest), key=side, reverse=True)
+        self.loops = self._merge(rest + [bit for bit in bits if bit not in self.tile])
 
     @staticmethod
     def _chain(bits: dict[int, Digit]) -> list[Digit]:
@@ -208,7 +223,7 @@ class _Parts:
     def _merge(digits: list[Digit]) -> list[Digit]:
         """The same positions in the fewest digits."""
         merged: list[Digit] = []
-        for digit in sorted((d for d in digits if d.size > 1), key=lambda d: (d.a, d.b)):
+        for digit in sorted((d for d in digits if d.size > 1), key=_by_a):
             for i, (size, a, b) in enumerate(merged):
                 if (digit.a, digit.b) == (a * size, b * size):
                     merged[i] = Digit(size * digit.size, a, b)
@@ -218,69 +233,88 @@ class _Parts:
         return merged
 
     def whole_bytes(self) -> bool:
-        """Whether all that is moved together is bytes, at byte addresses."""
+        """Whether all that moves together is bytes, at byte addresses."""
         a = [d.a for d in self.tile + self.loops if d not in self.first]
         b = [d.b for d in self.tile + self.loops if d not in self.last]
         return bool(self.first and self.last) and not any(stride % 2 for stride in a + b)
 
-    def move(self, xor: int, stream: bool) -> Move:
-        apart = [d.b for d in self.tile + self.loops if d not in self.last]
-        lines = len(self.last) == _SLOTS and not any(stride % (2 * _LINE) for stride in apart)
+    def move(self, xor: int, stream: bool, order: Order | None = None) -> Move:
+        """One pass. Unless an order of its loops is given, it reads in sequence where stores
+        bypass the caches, and otherwise writes in sequence.
+        """
+        apart = [digit.b for digit in self.tile + self.loops if digit not in self.last]
+        stream &= len(self.last) == _SLOTS and not any(stride % (2 * _LINE) for stride in apart)
+        loops = sorted(self.loops, key=order or (_by_a if stream else _by_b), reverse=True)
         stores = tuple(map(self.tile.index, self.last))
-        tile = Tile(len(self.first), stores, len(self.loops), xor, stream and lines)
         params = [stride // 2 for bit in self.tile for stride in bit[1:]]
-        params += [number for size, a, b in self.loops for number in (size, a // 2, b // 2)]
+        params += [number for size, a, b in loops for number in (size, a // 2, b // 2)]
+        tile = Tile(len(self.first), stores, len(loops), xor, stream)
         return Move(tile, np.array(params, np.int64))
-
-
-def _by_a(digit: Digit) -> int:
-    return digit.a
-
-
-def _by_b(digit: Digit) -> int:
-    return digit.b
 
 
 @lru_cache(maxsize=1024)
 def _plan(a: Layout, b: Layout, bits: int, xor: int, stream: bool) -> list[Block] | None:
-    """What to run for two layouts of offset 0; None where their digits are no whole bytes.
-
-    Loops are ordered by A, for reads in sequence: lines that bypass the caches may go anywhere.
-    """
+    """What to run for two layouts of offset 0; None where their digits are no whole bytes."""
     digits = _digits(a, b, bits)
-    parts = _Parts(digits, _by_a) if digits else None
-    if not parts or not parts.whole_bytes():
+    return _blocks(digits, xor, stream) if digits else None
+
+
+def _blocks(digits: list[Digit], xor: int, stream: bool) -> list[Block] | None:
+    parts = _Parts(digits)
+    if not parts.whole_bytes():
         return None
-    if len(parts.tile) <= _TILE:
-        return [Block(0, 0, (parts.move(xor, stream),))]
+    for i, digit in enumerate(digits):
+        # Where an odd count ends the slots of a register, all that fills registers goes first.
+        for stride, slots in ((digit.a, parts.first), (digit.b, parts.last)):
+            fill = max(2 * _LINE // stride, 1)
+            ends = stride * (digit.size & -digit.size) == 1 << len(slots)
+            left = digit.size % fill
+            if ends and left and digit.size > fill:
+                whole = digit.size - left
+                a, b = whole * digit.a // 2, whole * digit.b // 2
+                head = _blocks(_resized(digits, i, whole), xor, stream)
+                tail = _blocks(_resized(digits, i, left), xor, stream and b % _LINE == 0)
+                return head and tail and head + [Block(x + a, y + b, m) for x, y, m in tail]
+    if len(parts.tile) > _TILE:
+        return _through_x(parts, xor, stream)
+    return [Block(0, 0, (parts.move(xor, stream),))]
 
+
+def _resized(digits: list[Digit], i: int, size: int) -> list[Digit]:
+    return [*digits[:i], digits[i]._replace(size=size), *digits[i + 1 :]]
+
+
+def _through_x(parts: _Parts, xor: int, stream: bool) -> list[Block]:
+    """Two passes for every part of the digits that fits X."""
+    stream &= not any(digit.b % (2 * _LINE) for digit in parts.loops)  # so parts begin on lines
     # X has A's slots; as many bits of B as a tile can fetch replace those that B does not hold.
-    held, arriving = list(parts.first), [bit for bit in parts.last if bit not in parts.first]
-    fetch = _TILE - len(held)
-    for slot in [*range(len(held), _SLOTS), *range(_SLOTS - 1, 0, -1)]:
-        if fetch and (slot == len(held) or held[slot] not in parts.last):
-            held[slot : slot + 1] = [arriving.pop()]
+    tile, arriving = list(parts.first), [bit for bit in parts.last if bit not in parts.first]
+    fetch = _TILE - len(tile)
+    for slot in [*range(len(tile), _SLOTS), *range(_SLOTS - 1, 0, -1)]:
+        if fetch and (slot == len(tile) or tile[slot] not in parts.last):
+            tile[slot : slot + 1] = [arriving.pop()]
             fetch -= 1
-    held += [bit for bit in parts.tile if bit not in held]
+    tile += [bit for bit in parts.tile if bit not in tile]
 
-    # A block fills X: first by short runs in B, then by runs in A as long as they fit.
-    room, counts = 2 * _SCRATCH >> len(held), dict.fromkeys(parts.loops, 1)
-    runs = [(digit, 4) for digit in sorted(parts.loops, key=_by_b)[:1]]
-    for digit, most in [*runs, *((digit, digit.size) for digit in reversed(parts.loops))]:
-        count = min(digit.size, most, counts[digit] * room)
-        room, counts[digit] = counts[digit] * room // count, count
+    # A block takes short runs in B first, then runs in A as long as they fit.
+    loops = sorted(parts.loops, key=_by_a, reverse=True)
+    room, counts = 2 * _SCRATCH >> len(tile), dict.fromkeys(loops, 1)
+    runs = [(digit, 4) for digit in sorted(loops, key=_by_b)[:1]]
+    for digit, most in [*runs, *((digit, digit.size) for digit in reversed(loops))]:
+        taken = min(digit.size, most, counts[digit] * room)
+        room, counts[digit] = counts[digit] * room // taken, taken
 
     @cache
     def moves(*sizes: int) -> tuple[Move, Move]:
-        block = held + [d._replace(size=n) for d, n in zip(parts.loops, sizes, strict=True)]
+        block = tile + [d._replace(size=n) for d, n in zip(loops, sizes, strict=True)]
         places = list(accumulate((d.size for d in block[:-1]), mul, initial=1))
-        to_x = [d._replace(b=x) for d, x in zip(block, places, strict=True)]
-        from_x = [d._replace(a=x) for d, x in zip(block, places, strict=True)]
-        return _Parts(to_x, _by_a).move(0, False), _Parts(from_x, _by_b).move(xor, stream)
+        to_x = _Parts([d._replace(b=x) for d, x in zip(block, places, strict=True)])
+        from_x = _Parts([d._replace(a=x) for d, x in zip(block, places, strict=True)])
+        return to_x.move(0, False, _by_a), from_x.move(xor, stream, _by_b)
 
     blocks = []
-    for starts in product(*(range(0, d.size, counts[d]) for d in parts.loops)):
-        at = list(zip(parts.loops, starts, strict=True))
+    for starts in product(*(range(0, d.size, counts[d]) for d in loops)):
+        at = list(zip(loops, starts, strict=True))
         sizes = [min(counts[d], d.size - i) for d, i in at]
         begin_a, begin_b = (sum(d[side] * i for d, i in at) // 2 for side in (1, 2))
         blocks.append(Block(begin_a, begin_b, moves(*sizes)))
@@ -325,10 +359,10 @@ def _function(key: Tile | int) -> Any:
 
 
 def _scratch() -> int:
-    """The address of this thread's X, on a cache line."""
+    """The address of this thread's X."""
     if not hasattr(_local, "x"):
-        _local.x = np.empty(_SCRATCH + _LINE, np.uint8)
-    return int(_local.x.ctypes.data + _LINE - 1) & -_LINE
+        _local.x = aligned(_SCRATCH)
+    return int(_local.x.ctypes.data)
 
 
 def _compile(text: str) -> Any:
@@ -366,14 +400,15 @@ class _Code:
         self.src, self.dst, self.params = function.args
         self.src.add_attribute("noalias")
         self.dst.add_attribute("noalias")
-        self.b = ir.IRBuilder(function.append_basic_block())
+        self.b, self.numbers = ir.IRBuilder(function.append_basic_block()), count()
 
-    def param(self, index: int) -> Any:
-        return self.b.load(self.b.gep(self.params, [self.i64(index)]))
+    def param(self) -> Any:
+        """The next of the parameters."""
+        return self.b.load(self.b.gep(self.params, [self.i64(next(self.numbers))]))
 
     @contextmanager
-    def loop(self, count: Any) -> Iterator[Any]:
-        """`for i in range(count)` around what is written inside; count > 0."""
+    def loop(self, times: Any) -> Iterator[Any]:
+        """`for i in range(times)` around what is written inside; times > 0."""
         before, body = self.b.block, self.b.append_basic_block()
         self.b.branch(body)
         self.b.position_at_end(body)
@@ -382,7 +417,7 @@ class _Code:
         yield i
         following, done = self.b.add(i, self.i64(1)), self.b.append_basic_block()
         i.add_incoming(following, self.b.block)
-        self.b.cbranch(self.b.icmp_signed("<", following, count), body, done)
+        self.b.cbranch(self.b.icmp_signed("<", following, times), body, done)
         self.b.position_at_end(done)
 
     def at(self, pointer: Any, index: Any, stride: Any = None) -> Any:
@@ -401,9 +436,8 @@ class _Code:
             stored.set_metadata("nontemporal", self.module.add_metadata([self.ir.IntType(32)(1)]))
 
     def shuffle(self, x: Any, y: Any, order: list[int]) -> Any:
-        return self.b.shuffle_vector(
-            x, y, self.ir.VectorType(self.ir.IntType(32), len(order))(order)
-        )
+        lanes = self.ir.VectorType(self.ir.IntType(32), len(order))
+        return self.b.shuffle_vector(x, y, lanes(order))
 
     def nibbles(self, x: Any, mask: int, shift: int = 0) -> Any:
         """`x << shift & mask` in every lane; a negative shift goes right."""
@@ -434,11 +468,9 @@ class _Registers:
             if slot:
                 both = code.shuffle(x, y, lower), code.shuffle(x, y, upper)
             else:
-                low, high = code.nibbles(x, 0x0F), code.nibbles(y, 0xF0)
-                both = (
-                    code.b.or_(low, code.nibbles(y, 0xF0, 4)),
-                    code.b.or_(code.nibbles(x, 0x0F, -4), high),
-                )
+                low = code.b.or_(code.nibbles(x, 0x0F), code.nibbles(y, 0xF0, 4))
+                high = code.b.or_(code.nibbles(x, 0x0F, -4), code.nibbles(y, 0xF0))
+                both = low, high
             self.vectors[i], self.vectors[i | pair] = both
         self.slots[slot], self.slots[other] = bit, self.slots[slot]
 
@@ -484,7 +516,7 @@ def _tile(tile: Tile) -> str:
     # What one load leaves of a register is filled by those bits of B that come last.
     slots = [*range(tile.loads), *(bit for bit in reversed(last) if bit >= tile.loads)]
     width, stored = min(len(slots), _SLOTS), len(last)
-    strides = [(code.param(2 * bit), code.param(2 * bit + 1)) for bit in range(len(slots))]
+    strides = [(code.param(), code.param()) for _ in slots]
 
     def places(bits: list[int], side: int) -> list[Any]:
         """The offsets of all values of some bits, the first bit changing fastest."""
@@ -495,11 +527,11 @@ def _tile(tile: Tile) -> str:
 
     apart = [bit for bit in slots if bit not in last]
     sources, targets = places(slots[tile.loads :], 0), places(apart, 1)
-    loops = [[code.param(2 * len(slots) + 3 * i + j) for j in range(3)] for i in range(tile.loops)]
+    loops = [(code.param(), code.param(), code.param()) for _ in range(tile.loops)]
     with ExitStack() as nest:
         src, dst = code.src, code.dst
-        for count, step_a, step_b in loops:
-            i = nest.enter_context(code.loop(count))
+        for times, step_a, step_b in loops:
+            i = nest.enter_context(code.loop(times))
             src, dst = code.at(src, i, step_a), code.at(dst, i, step_b)
         vectors = [code.load(code.at(src, place), 1 << tile.loads - 1) for place in sources]
         while vectors[0].type.count < 1 << width - 1:
@@ -528,12 +560,12 @@ def _tile(tile: Tile) -> str:
 def _sums(size: int) -> str:
     """The function that adds bursts of rows, `size` bytes at a time, to uint16 sums of nibbles."""
     code = _Code()
-    bursts, count, height, row_bytes = map(code.param, range(4))
+    bursts, width, height, row_bytes = (code.param() for _ in range(4))
     kind = code.ir.VectorType(code.i8, size)
     sums = [code.b.alloca(kind), code.b.alloca(kind)]
     wide = code.ir.VectorType(code.ir.IntType(16), 2 * size)
     spread = [half * size + i for i in range(size) for half in (0, 1)]
-    with code.loop(bursts) as burst, code.loop(count) as column:
+    with code.loop(bursts) as burst, code.loop(width) as column:
         start = code.at(code.src, burst, code.b.mul(height, row_bytes))
         start = code.at(start, column, code.i64(size))
         for total in sums:
