@@ -2,19 +2,23 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
-from hub_server import Fault, HubServer, Repo, blob_id, sha256
+from hub_server import Fault, HubServer, Repo, blob_id, sha256, sibling
 
 from awqconv.checkpoint.reader import open_checkpoint
 from awqconv.errors import AwqconvError
+from awqconv.hub import open_source
 from awqconv.hub.pull import pull
 from awqconv.hub.source import HubSource
 
@@ -124,8 +128,8 @@ NEEDED = {
 
 
 def test_pull_into_the_shared_cache(repo: Repo, files: dict[str, bytes], tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    result = pull("org/model", cache_dir=tmp_path, progress=lambda *at: seen.append(at))
+    seen: list[int] = []
+    result = pull("org/model", cache_dir=tmp_path, progress=seen.append)
     assert (result.repo, result.commit) == ("org/model", repo.refs["main"])
     assert result.path == tmp_path / "models--org--model" / "snapshots" / result.commit
     assert kept(result.path) == {name: files[name] for name in NEEDED}
@@ -138,15 +142,15 @@ def test_pull_into_the_shared_cache(repo: Repo, files: dict[str, bytes], tmp_pat
             f"sha256:{sha256(content)}" if lfs else f"git-sha1:{blob_id(content)}"
         )
     assert result.to_download == result.nbytes == sum(len(files[name]) for name in NEEDED)
-    assert seen[-1] == (result.nbytes, result.nbytes)
+    assert sum(seen) == result.nbytes
     open_checkpoint(result.path)
     json.dumps(result.as_json())
 
     from huggingface_hub import try_to_load_from_cache
 
-    assert try_to_load_from_cache("org/model", SHARD, cache_dir=tmp_path) is None  # no ref to main
-    found = try_to_load_from_cache("org/model", SHARD, cache_dir=tmp_path, revision=result.commit)
-    assert found == str(result.path / SHARD)
+    for revision in (None, "main", result.commit):
+        found = try_to_load_from_cache("org/model", SHARD, cache_dir=tmp_path, revision=revision)
+        assert found == str(result.path / SHARD)
 
 
 def test_pull_again_downloads_nothing(repo: Repo, hub: HubServer, tmp_path: Path) -> None:
@@ -223,7 +227,7 @@ def test_main_moves_in_mid_download(
 ) -> None:
     first = repo.refs["main"]
 
-    def move(done: int, total: int) -> None:
+    def move(count: int) -> None:
         if repo.refs["main"] == first:
             repo.commit({name: content[::-1] for name, content in files.items()})
 
@@ -236,7 +240,7 @@ def test_main_moves_in_mid_download(
 def test_the_commit_goes_away_in_mid_download(repo: Repo, tmp_path: Path) -> None:
     """As after a force push: what is here is right, and the message names the revision."""
 
-    def vanish(done: int, total: int) -> None:
+    def vanish(count: int) -> None:
         repo.commits.clear()
 
     error = refusal(
@@ -355,3 +359,383 @@ def test_faults_while_streaming(
         told(error)
         ended = REFUSED
     assert ended == outcome
+
+
+# --- what the hub refuses
+
+
+def _status(status: int, message: str = "", **headers: str) -> Fault:
+    told = {"X-Error-Message": message} if message else {}
+    return Fault("status", INFO, FOREVER, status=status, headers=told | headers)
+
+
+REFUSALS: list[tuple[str, Callable[[HubServer, Repo], object], str, str]] = [
+    ("missing", lambda hub, repo: hub.repos.clear(), "not found", "hf auth login"),
+    ("private", lambda hub, repo: setattr(repo, "private", True), "private", "hf auth login"),
+    ("gated", lambda hub, repo: setattr(repo, "gated", True), "gated", "/org/model"),
+    ("disabled", lambda hub, repo: setattr(repo, "disabled", True), "disabled", "another"),
+    ("limited", lambda hub, repo: hub.faults.append(_status(429)), "how often", "run"),
+    (
+        "limited for long",
+        lambda hub, repo: hub.faults.append(_status(429, **{"Retry-After": "3600"})),
+        "3600 s",
+        "sleep 3600",
+    ),
+    (
+        "limited by policy",
+        lambda hub, repo: hub.faults.append(_status(429, ratelimit='"api";r=0;t=900')),
+        "900 s",
+        "sleep 900",
+    ),
+    ("down", lambda hub, repo: hub.faults.append(_status(503)), "HTTP 503", "status."),
+    ("forbidden", lambda hub, repo: hub.faults.append(_status(403, "read me")), "read me", "hf"),
+    ("odd", lambda hub, repo: hub.faults.append(_status(418)), "418", "again"),
+    (
+        "dropped",
+        lambda hub, repo: hub.faults.append(Fault("refuse", INFO, FOREVER)),
+        "broke the connection off",
+        "curl",
+    ),
+    (
+        "silent",
+        lambda hub, repo: hub.faults.append(Fault("stall", INFO, FOREVER, at=5, seconds=1.2)),
+        "stopped answering",
+        "curl",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arrange", "what", "fix"), [row[1:] for row in REFUSALS], ids=[row[0] for row in REFUSALS]
+)
+def test_refusals_of_the_hub(
+    hub: HubServer,
+    repo: Repo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arrange: Callable[[HubServer, Repo], object],
+    what: str,
+    fix: str,
+) -> None:
+    if what == "stopped answering":
+        from huggingface_hub import constants
+
+        monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    arrange(hub, repo)
+    for call in (
+        lambda: pull("org/model", to=tmp_path / "model"),
+        lambda: open_checkpoint(HubSource("org/model")),
+    ):
+        error = refusal(call)
+        assert what in error.what
+        assert fix in error.fix
+        assert "org/model" in error.where
+        assert not kept(tmp_path)
+
+
+def test_bad_token_revision_name_and_address(
+    hub: HubServer, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = refusal(lambda: pull("org/model", token="hf_stale"))
+    assert "does not accept your token" in error.what
+    assert "unset HF_TOKEN" in error.fix
+    error = refusal(lambda: pull("org/model@nope"))
+    assert "no such revision" in error.what
+    assert error.where == "org/model@nope"
+    assert "awqconv pull org/model" in error.fix
+    for name in ("a/b/c", "org/mo del", "", "..", "hf://"):
+        assert "not a repository name" in refusal(lambda: pull(name)).what  # noqa: B023
+
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    error = refusal(lambda: pull("org/model"))
+    assert "cannot be reached" in error.what
+    assert "curl -I http://127.0.0.1:9" in error.fix
+
+
+def test_offline_uses_the_cache_and_says_what_is_missing(
+    hub: HubServer, repo: Repo, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    pull("org/model")
+    snapshot = cache / "models--org--model" / "snapshots" / repo.refs["main"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.log.clear()
+
+    named = f"org/model@{repo.refs['main']}"
+    result = pull("org/model")
+    assert result == replace(pull(named), seconds=result.seconds)
+    assert result.path == snapshot
+    assert result.to_download == 0
+    assert {file.name for file in result.files} == NEEDED
+    assert all(file.digest for file in result.files)
+    with closing(open_source(f"hf://{named}")) as source:
+        open_checkpoint(source)
+        assert source.read("README.md", 0, 8) == files["README.md"]
+    assert "HF_HUB_OFFLINE is set" in refusal(lambda: pull(named, to=cache / "x")).what
+
+    blob = (snapshot / SHARD).resolve()
+    content = bytearray(files[SHARD])
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert "HF_HUB_OFFLINE=0" in refusal(lambda: pull(named), code=1).fix
+    blob.unlink()
+    assert "missing" in refusal(lambda: pull(named)).what or not blob.exists()
+    for name in ("org/other", f"org/model@{'a' * 40}"):
+        error = refusal(lambda: pull(name))  # noqa: B023
+        assert "cache" in error.what
+        assert "HF_HUB_OFFLINE=0 awqconv pull" in error.fix
+    assert hub.log == []
+    shutil.rmtree(cache)
+
+
+def test_a_real_process_obeys_the_environment(repo: Repo, tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE, as users set them."""
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        code = "from awqconv.hub.pull import pull; print(pull('org/model', revision='main').path)"
+        environment = os.environ | {"HF_HOME": str(tmp_path)} | environment
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    done = run()
+    assert done.stdout.startswith(str(tmp_path / "hub" / "models--org--model")), done.stderr
+    assert "Error" in run(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "none")).stderr
+
+
+# --- repositories that nobody honest has made
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../evil", "/etc/evil", "a//b", "a/../b", "a\\b", "C:evil", "a\nb", "a/./b", "x" * 300],
+)
+def test_hostile_file_names(
+    hub: HubServer, repo: Repo, files: dict[str, bytes], tmp_path: Path, name: str
+) -> None:
+    repo.siblings = [sibling(n, c) for n, c in (files | {name: b"evil"}).items()]
+    for call in (lambda: pull("org/model", to=tmp_path / "model"), lambda: HubSource("org/model")):
+        error = refusal(call)
+        assert "no path inside a folder" in error.what
+        assert "Do not trust" in error.fix
+    assert not kept(tmp_path)
+
+
+def _index(files: dict[str, bytes], shard: object) -> dict[str, bytes]:
+    index = json.loads(files["model.safetensors.index.json"])
+    index["weight_map"][next(iter(index["weight_map"]))] = shard
+    return files | {"model.safetensors.index.json": json.dumps(index).encode()}
+
+
+def _without_weights(files: dict[str, bytes]) -> dict[str, bytes]:
+    return {n: c for n, c in files.items() if "safetensors" not in n}
+
+
+def _config(files: dict[str, bytes], **changes: object) -> dict[str, bytes]:
+    return files | {"config.json": json.dumps(json.loads(files["config.json"]) | changes).encode()}
+
+
+HOSTILE: list[tuple[str, Callable[[dict[str, bytes]], dict[str, bytes]], str]] = [
+    ("index leaves", lambda f: _index(f, "../../etc/passwd.safetensors"), "own folder"),
+    ("index absolute", lambda f: _index(f, "/etc/passwd.safetensors"), "own folder"),
+    ("index into a folder", lambda f: _index(f, "onnx/model.safetensors"), "own folder"),
+    ("index no name", lambda f: _index(f, 7), "not a name"),
+    ("index names nothing", lambda f: _index(f, "none.safetensors"), "missing"),
+    ("index names a pickle", lambda f: _index(f, "pytorch_model.bin"), "no safetensors file"),
+    ("index no JSON", lambda f: f | {"model.safetensors.index.json": b"{"}, "not JSON"),
+    ("index a list", lambda f: f | {"model.safetensors.index.json": b"[]"}, "list"),
+    ("pickles only", _without_weights, "only safetensors are read"),
+    (
+        "a huge header",
+        lambda f: f | {SHARD: (90_000_000_000).to_bytes(8, "little") + bytes(70_000)},
+        "a header of 90,000,000,000 bytes",
+    ),
+    ("no header", lambda f: f | {SHARD: b"\xff" * 70_000}, "a header of"),
+    ("no config", lambda f: {n: c for n, c in f.items() if n != "config.json"}, "no config.json"),
+    ("not quantized", lambda f: _config(f, quantization_config=None), "not quantized"),
+    ("gptq", lambda f: _config(f, quantization_config={"quant_method": "gptq"}), "gptq"),
+    ("empty", lambda f: {}, "no config.json"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE]
+)
+def test_refused_before_any_weight(
+    hub: HubServer,
+    repo: Repo,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    change: Callable[[dict[str, bytes]], dict[str, bytes]],
+    what: str,
+) -> None:
+    repo.commit(change(files))
+    error = refusal(lambda: pull("org/model", to=tmp_path / "model"))
+    assert what in error.what
+    assert not kept(tmp_path)
+    with closing(HubSource("org/model")) as source:
+        assert refusal(lambda: open_checkpoint(source)).what == error.what
+    assert hub.sent < 500_000
+    assert not [line for line in hub.log if line.startswith("GET /cdn") and "bytes=" not in line]
+
+
+def test_a_mirror_without_digests(hub: HubServer, repo: Repo, files: dict[str, bytes]) -> None:
+    repo.siblings = [{"rfilename": name} for name in files]
+    assert "no size and digest" in refusal(lambda: pull("org/model")).what
+
+
+# --- a repository as a source
+
+
+def test_a_source_reads_what_the_folder_reads(
+    repo: Repo, hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    pull("org/model", to=tmp_path / "model")
+    hub.log.clear()
+    with closing(HubSource("hf://org/model")) as source:
+        assert source.name == f"hf://org/model@{repo.refs['main']}"
+        found, expected = open_checkpoint(source), open_checkpoint(tmp_path / "model")
+        assert found.tensors == expected.tensors
+        assert found.notes == expected.notes
+        assert found.files == expected.files == {name: len(files[name]) for name in NEEDED}
+        assert source.downloads == []
+        provenance = source.provenance()
+        assert provenance["repository"] == "org/model"
+        assert provenance["commit"] == repo.refs["main"]
+        assert provenance["files"][SHARD] == f"sha256:{sha256(files[SHARD])}"
+        assert source.fingerprint(SHARD) == source.fingerprint(SHARD)
+        assert source.fingerprint(SHARD) != source.fingerprint("model-00001-of-00003.safetensors")
+        for start, stop in ((0, 0), (0, 8), (5, 65540), (65536, 65537), (70000, 137000)):
+            assert source.read(SHARD, start, stop) == files[SHARD][start:stop]
+        end = len(files[SHARD])
+        assert source.read(SHARD, end - 3, end) == files[SHARD][-3:]
+        for start, stop in ((0, end + 1), (-1, 3), (5, 4)):
+            assert "incomplete" in refusal(lambda: source.read(SHARD, start, stop)).fix  # noqa: B023
+        assert "no such file" in refusal(lambda: source.read("pytorch_model.bin", 0, 1)).what
+
+
+def test_headers_cost_one_small_range_each(repo: Repo, hub: HubServer) -> None:
+    with closing(HubSource("org/model")) as source:
+        for _ in range(2):
+            open_checkpoint(source)
+    ranges = [line for line in hub.log if "/cdn/" in line]
+    assert len(ranges) == 3
+    assert all(line.endswith("bytes=0-65535") for line in ranges)
+
+
+def test_shards_come_ahead_and_leave_nothing_behind(
+    repo: Repo, hub: HubServer, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    shards = [name for name in sorted(NEEDED) if name.endswith(".safetensors")]
+    with closing(HubSource("org/model", spool=tmp_path)) as source:
+        open_checkpoint(source)
+        first = bytearray(10)
+        source.readinto(shards[0], 100, memoryview(first))
+        assert first == files[shards[0]][100:110]
+        source._shards[shards[1]].result()  # the next one is on its way already
+        assert sorted(source.downloads) == shards[:2]
+        assert not list(tmp_path.rglob("*.safetensors"))  # open, and unlinked
+        (spool,) = tmp_path.iterdir()
+        for name in (*shards, *reversed(shards)):
+            buffer = bytearray(len(files[name]))
+            source.readinto(name, 0, memoryview(buffer))
+            assert buffer == files[name]
+        assert sorted(source.downloads) == shards  # all three are kept
+        source.close()
+        assert not list(tmp_path.iterdir())
+        source.readinto(shards[2], 0, memoryview(first))  # reopens
+        assert first == files[shards[2]][:10]
+    assert not list(tmp_path.iterdir())
+    assert not spool.exists()
+
+
+def test_few_shards_lie_on_the_disk_at_a_time(repo: Repo, files: dict[str, bytes]) -> None:
+    with closing(HubSource("org/model", keep=2)) as source:
+        for name in sorted(NEEDED):
+            if name.endswith(".safetensors"):
+                source.readinto(name, 0, memoryview(bytearray(10)))
+                assert len(source._shards) <= 2
+
+
+def test_what_a_dead_run_left_is_swept_and_a_live_one_is_not(repo: Repo, tmp_path: Path) -> None:
+    dead = tmp_path / "spool-dead"
+    dead.mkdir()
+    (dead / "lock").touch()
+    (dead / "half.incomplete").write_bytes(b"x" * 100)
+    with closing(HubSource("org/model", spool=tmp_path)) as live:
+        live.readinto(SHARD, 0, memoryview(bytearray(10)))
+        assert not dead.exists()
+        (spool,) = tmp_path.iterdir()
+        with closing(HubSource("org/model", spool=tmp_path)) as other:
+            other.readinto(SHARD, 0, memoryview(bytearray(10)))
+            assert spool.exists()
+        assert list(tmp_path.iterdir()) == [spool]
+
+
+def test_a_source_takes_shards_from_the_cache(repo: Repo, hub: HubServer) -> None:
+    from huggingface_hub import constants
+
+    path = pull("org/model").path
+    hub.log.clear()
+    with closing(HubSource("org/model")) as source:
+        source.readinto(SHARD, 0, memoryview(bytearray(10)))
+        assert source.downloads == []
+    assert (path / SHARD).exists()
+    blob = (path / SHARD).resolve()
+    blob.write_bytes(bytes(blob.stat().st_size))  # wrong: not taken
+    with closing(HubSource("org/model")) as source:
+        buffer = bytearray(10)
+        source.readinto(SHARD, 0, memoryview(buffer))
+        assert buffer == repo.files[SHARD][:10]
+        assert SHARD in source.downloads
+    shutil.rmtree(constants.HF_HUB_CACHE)
+
+
+def test_a_header_that_changes_between_reading_and_download(
+    repo: Repo, hub: HubServer, files: dict[str, bytes]
+) -> None:
+    """A range is believed only until the whole file is here."""
+    flipped = len(files[SHARD][:2000].rstrip())  # among the tensors, in the first block
+    hub.faults.append(Fault("wrong", H, times=3, at=flipped))
+    with closing(HubSource("org/model")) as source:
+        open_checkpoint(source)
+        error = refusal(lambda: source.readinto(SHARD, 0, memoryview(bytearray(10))), code=1)
+        assert "were others" in error.what
+
+
+def test_many_threads_read_one_source(repo: Repo, files: dict[str, bytes]) -> None:
+    shards = [name for name in sorted(NEEDED) if name.endswith(".safetensors")]
+    with closing(HubSource("org/model")) as source, ThreadPoolExecutor(8) as pool:
+
+        def read(i: int) -> bool:
+            name, start = shards[i % 3], i * 997 % 100_000
+            buffer = bytearray(3000)
+            source.readinto(name, start, memoryview(buffer))
+            head = source.read(name, i, i + 50)
+            return buffer == files[name][start : start + 3000] and head == files[name][i : i + 50]
+
+        assert all(pool.map(read, range(200)))
+        assert sorted(source.downloads) == shards
+
+
+def test_folders_are_opened_as_ever(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "model")
+    open_checkpoint(open_source(str(tmp_path / "model")))
+    assert "not there" in refusal(lambda: open_source(str(tmp_path / "none"))).what
+
+
+def test_nothing_heavy_is_imported_before_it_is_used() -> None:
+    code = (
+        "import sys, awqconv, awqconv.hub, awqconv.cli;"
+        "heavy = {'huggingface_hub', 'httpx', 'httpx2', 'torch'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

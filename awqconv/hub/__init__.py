@@ -11,11 +11,9 @@ def open_source(model: str, *, revision: str | None = None, token: str | None = 
     """
     if not model.startswith(PREFIX):
         return Folder(model)
-    from huggingface_hub import constants
+    from awqconv.hub.pull import cached_snapshot, offline
 
-    if constants.HF_HUB_OFFLINE:
-        from awqconv.hub.pull import cached_snapshot
-
+    if offline():
         return Folder(cached_snapshot(model, revision))
     from awqconv.hub.source import HubSource
 

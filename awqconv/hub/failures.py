@@ -89,7 +89,9 @@ def explain(
     """The most telling failure among `error` and its causes; None if none is the hub's."""
     from huggingface_hub import constants, errors, get_token
 
-    where = shown(f"{repo}@{revision}" if revision else repo) + (f": {shown(file)}" if file else "")
+    where = shown(f"{repo}@{revision}" if revision else repo or "the name is empty") + (
+        f": {shown(file)}" if file else ""
+    )
     hub = constants.ENDPOINT
     login = "hf auth login"
     transport = http_error()

@@ -19,7 +19,7 @@ from awqconv.hub.failures import CutShortError, NoRangesError, explained
 from awqconv.hub.repository import RemoteFile, Repository, split_name
 from awqconv.hub.source import HubSource
 
-Progress = Callable[[int, int], None]  # bytes that are here, bytes of all files
+Progress = Callable[[int], None]  # bytes that came; negative if some must come again
 
 _PROXY = "Something between you and the hub changes files: check the proxy and HF_ENDPOINT."
 
@@ -90,50 +90,55 @@ def pull(
     (SHA-256 of LFS files, git's SHA-1 of others); one that differs is fetched once more.
     `include` and `exclude` are globs that narrow what a conversion needs. `force` downloads what
     is here already, and lets `to` be any folder. Files that are complete are never fetched twice.
+    `progress` is called with numbers of bytes, from any thread.
 
     Raises AwqconvError for what is no AWQ checkpoint and for every refusal of the hub, and
     VerificationError for a file that differs twice; that file is removed.
     """
-    started = time.monotonic()
+    prepared = prepare(
+        repo,
+        revision=revision,
+        to=to,
+        include=include,
+        exclude=exclude,
+        token=token,
+        cache_dir=cache_dir,
+        force=force,
+    )
+    return prepared.plan if dry_run else prepared.run(max_workers, progress)
+
+
+def prepare(
+    repo: str,
+    *,
+    revision: str | None = None,
+    to: str | os.PathLike[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    token: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    force: bool = False,
+) -> "Pull":
+    """Everything of `pull` that comes before the first weight."""
     target = _target(to, force)
     cache = Path(cache_dir).expanduser() if cache_dir is not None else None
-    if _offline():
-        return _cached(repo, revision, target, cache, started)
+    if offline():
+        return _Cached(repo, revision, target, cache)
     source = HubSource(repo, revision=revision, token=token)
     with suppress(NoRangesError):
         open_checkpoint(source)
-    remote = source.repository
     wanted = [file for file in source.wanted.values() if _chosen(file.name, include, exclude)]
     if not wanted:
         raise AwqconvError(
-            "no file is left to download", remote.name, "Widen --include or --exclude."
+            "no file is left to download",
+            source.repository.name,
+            "Widen --include, or leave out --exclude.",
         )
-    left_out = tuple(sorted(remote.files.keys() - {file.name for file in wanted}))
-    fetch = _Fetch(remote, target, cache, force, progress, sum(file.size for file in wanted))
-    if dry_run:
-        here = {file.name for file in wanted if not force and fetch.here(file)}
-        files = [PulledFile(f.name, f.size, f.digest, f.name in here) for f in wanted]
-    else:
-        with ThreadPoolExecutor(max_workers) as pool:
-            jobs = [pool.submit(fetch.fetch, file) for file in wanted]
-            try:
-                files = [job.result() for job in as_completed(jobs)]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        files.sort(key=lambda file: file.name)
-    return PullResult(
-        remote.name,
-        remote.commit,
-        fetch.folder(),
-        tuple(files),
-        left_out,
-        time.monotonic() - started,
-        dry_run,
-    )
+    return Pull(source.repository, wanted, target, cache, force)
 
 
-def _offline() -> bool:
+def offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -163,21 +168,66 @@ def _target(to: str | os.PathLike[str] | None, force: bool) -> Path | None:
     return target
 
 
-class _Fetch:
+class Pull:
     """The files of one pull: where they go, and whether they are right. Thread safe."""
 
     def __init__(
         self,
         remote: Repository,
+        wanted: Sequence[RemoteFile],
         target: Path | None,
         cache: Path | None,
         force: bool,
-        progress: Progress | None,
-        total: int,
     ) -> None:
-        self.remote, self.target, self.cache, self.force = remote, target, cache, force
-        self._progress, self._total, self._done = progress, total, 0
+        self.remote, self.wanted, self.target = remote, wanted, target
+        self.cache, self.force = cache, force
+        self._progress: Progress | None = None
         self._lock = threading.Lock()
+
+    @property
+    def plan(self) -> PullResult:
+        """What would be downloaded, with what is here already by its size."""
+        files = [
+            PulledFile(f.name, f.size, f.digest, not self.force and self.here(f) is not None)
+            for f in self.wanted
+        ]
+        return self._result(files, 0.0, dry_run=True)
+
+    def run(self, max_workers: int = 8, progress: Progress | None = None) -> PullResult:
+        """Downloads and checks every file."""
+        began = time.monotonic()
+        self._progress = progress
+        with ThreadPoolExecutor(max_workers) as pool:
+            jobs = [pool.submit(self.fetch, file) for file in self.wanted]
+            try:
+                files = [job.result() for job in as_completed(jobs)]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if self.target is None:
+            self._refer()
+        return self._result(files, time.monotonic() - began)
+
+    def _refer(self) -> None:
+        """Notes what the branch was, as the hub cache does: other tools find it there offline."""
+        asked = self.remote.asked or "main"
+        if asked != self.remote.commit:
+            ref = self.folder().parents[1] / "refs" / asked
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(self.remote.commit)
+
+    def _result(
+        self, files: Sequence[PulledFile], seconds: float, *, dry_run: bool = False
+    ) -> PullResult:
+        return PullResult(
+            self.remote.name,
+            self.remote.commit,
+            self.folder(),
+            tuple(sorted(files, key=lambda file: file.name)),
+            tuple(sorted(self.remote.files.keys() - {file.name for file in files})),
+            seconds,
+            dry_run,
+        )
 
     def folder(self) -> Path:
         """Where the files are, or will be."""
@@ -254,46 +304,56 @@ class _Fetch:
             nonlocal mine
             with self._lock:
                 mine += n
-                self._done += n
                 if n and self._progress:
-                    self._progress(self._done, self._total)
+                    self._progress(n)
                 return mine
 
         return count
 
 
-def _cached(
-    model: str, revision: str | None, target: Path | None, cache: Path | None, started: float
-) -> PullResult:
-    """What the cache holds, without a connection: complete, and checked by the names of blobs."""
-    path = cached_snapshot(model, revision, cache)
-    if target is not None:
-        raise AwqconvError(
-            "HF_HUB_OFFLINE is set: files stay where the cache has them",
-            shown(str(path)),
-            f"Convert them there: awqconv convert {path} --target TARGET",
-        )
-    source = Folder(path)
-    try:
-        open_checkpoint(source)
-        files = []
-        for name, size in source.files().items():
-            blob = os.path.basename(os.readlink(path / name)) if (path / name).is_symlink() else ""
-            sha256 = blob if len(blob) == 64 else None
-            remote = RemoteFile(name, size, sha256, blob)
-            if blob:
-                with (path / name).open("rb") as content:
-                    if not remote.matches(content):
-                        raise VerificationError(
-                            f"the cached file is not {remote.digest}, as its own name says",
-                            shown(str(path / name)),
-                            f"Run: HF_HUB_OFFLINE=0 awqconv pull {split_name(model)[0]}",
-                        )
-            files.append(PulledFile(name, size, remote.digest if blob else None, True))
-    finally:
-        source.close()
-    seconds = time.monotonic() - started
-    return PullResult(split_name(model)[0], path.name, path, tuple(files), (), seconds)
+class _Cached(Pull):
+    """What the hub cache holds, without a connection. A blob's name is the digest it must have."""
+
+    def __init__(
+        self, model: str, revision: str | None, target: Path | None, cache: Path | None
+    ) -> None:
+        path = cached_snapshot(model, revision, cache)
+        if target is not None:
+            raise AwqconvError(
+                "HF_HUB_OFFLINE is set: files stay where the cache has them",
+                shown(str(path)),
+                f"Convert them there: awqconv convert {path} --target TARGET",
+            )
+        source = Folder(path)
+        try:
+            open_checkpoint(source)
+        finally:
+            source.close()
+        files = {
+            name: RemoteFile(name, size, blob if len(blob) == 64 else None, blob)
+            for name, size in source.files().items()
+            for blob in [_blob(path / name)]
+        }
+        remote = Repository(split_name(model, revision)[0], revision, path.name, files)
+        super().__init__(remote, list(files.values()), None, path.parents[2], force=False)
+
+    def fetch(self, file: RemoteFile) -> PulledFile:
+        if not file.blob:  # a cache without links does not record digests
+            return PulledFile(file.name, file.size, None, True)
+        path = self.folder() / file.name
+        with path.open("rb") as content:
+            if not file.matches(content):
+                raise VerificationError(
+                    f"the cached file is not {file.digest}, as its own name says",
+                    shown(str(path)),
+                    f"Fetch it again: HF_HUB_OFFLINE=0 awqconv pull {self.remote.name}",
+                )
+        return PulledFile(file.name, file.size, file.digest, True)
+
+
+def _blob(path: Path) -> str:
+    """Name of the blob that a snapshot's link leads to; empty where it is no link."""
+    return os.path.basename(os.readlink(path)) if path.is_symlink() else ""
 
 
 def cached_snapshot(model: str, revision: str | None = None, cache: Path | None = None) -> Path:

@@ -11,6 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from awqconv._version import __version__
+from awqconv.checkpoint.config import MANIFEST
+from awqconv.checkpoint.model import OTHER_WEIGHTS
 from awqconv.checkpoint.reader import INDEX, SINGLE
 from awqconv.checkpoint.source import MAX_FILES
 from awqconv.checkpoint.strict import parse_json, shown
@@ -23,10 +25,6 @@ WHOLE = 1 << 26  # files up to this size that are no weights are read into memor
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_OTHER_WEIGHTS = (
-    ".bin", ".ckpt", ".gguf", ".h5", ".keras", ".mlmodel", ".mlpackage", ".msgpack", ".npz",
-    ".onnx", ".onnx_data", ".ot", ".pdparams", ".pickle", ".pkl", ".pt", ".pt2", ".pth", ".tflite",
-)  # fmt: skip
 
 
 def split_name(model: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -250,8 +248,11 @@ class Repository:
 
         Left out are hidden files, weights in other formats, and safetensors that are no part of
         the model: outside the top folder, or beside the index's shards. A repository without
-        safetensors keeps all its files, so that the reader can say what it holds instead.
+        safetensors keeps all its files, so that the reader can say what it holds instead; one
+        that awqconv wrote needs them all.
         """
+        if MANIFEST in self.files:
+            return {name: file for name, file in self.files.items() if not name.startswith(".")}
         stored = {file for file in self.files if file.endswith(".safetensors") and "/" not in file}
         if INDEX in self.files:
             fix = f"Ask the authors to correct it: https://huggingface.co/{self.name}"
@@ -270,7 +271,7 @@ class Repository:
             or not (
                 name.startswith(".")
                 or "/." in name
-                or name.endswith((".safetensors", *_OTHER_WEIGHTS))
+                or name.endswith((".safetensors", *OTHER_WEIGHTS))
             )
         }
 
