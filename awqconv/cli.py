@@ -127,10 +127,15 @@ def convert(
     if dry_run:
         console.emit(_plan_facts(plan, path))
         return
-    with console.progress("converting", plan.nbytes) as progress:
-        result = run(
-            plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
-        )
+    try:
+        with console.progress("converting", plan.nbytes) as progress:
+            result = run(
+                plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
+            )
+    except KeyboardInterrupt:
+        again = shlex.join(["awqconv", *sys.argv[1:]])
+        console.hint(f"\nInterrupted; what is done is kept. To continue: {again}")
+        raise typer.Exit(130) from None
     console.emit(result)
     if result.resumed:
         console.say(f"Continued an interrupted run: {result.resumed} jobs were already done.")
@@ -303,10 +308,6 @@ def main() -> NoReturn:
     except AwqconvError as error:
         _active.error(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        again = shlex.join(["awqconv", *sys.argv[1:]])
-        _active.hint(f"\nInterrupted; what is done is kept. To continue: {again}")
-        sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

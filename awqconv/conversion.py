@@ -195,6 +195,7 @@ class _Executor:
         self.plan, self.staging = plan, staging
         self.source = plan.model.checkpoint.source
         self.progress = progress
+        self.began = plan.identity()["source files"]
         self.reader = Reader(self.source)
         self.encoder = Encoder(self.reader, share)
         self.results: dict[str, dict[str, dict[str, str]]] = {}
@@ -359,8 +360,7 @@ class _Executor:
                     name: self._kept(name) if kept else outputs[name] for name in file.tensors
                 },
             }
-        began = plan.identity()["source files"]
-        for name, was in began.items():
+        for name, was in self.began.items():
             if list(self.source.fingerprint(name)) != was:
                 raise AwqconvError(
                     "the file changed while it was being converted",

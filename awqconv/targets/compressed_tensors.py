@@ -55,6 +55,7 @@ class CompressedTensors(Target):
             "global_compression_ratio": None,
             "ignore": common["unquantized"],
             "kv_cache_scheme": None,
+            "moe_sparsity_config": None,
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
         }
