@@ -81,7 +81,7 @@ def gpu(target: Target, linear: Linear, dtype: str, scales: str | None = None) -
 
 
 def activations(M: int, K: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Integers of -127..127 with a 127 in each row, float32 [M, K]: every kernel holds them exactly.
+    """Integers of -127..127, a 127 in each row, float32 [M, K]: every kernel holds them exactly.
 
     With them the bound of a kernel with 8-bit activations is as narrow as that of any other.
     """

@@ -96,8 +96,9 @@ class Weight:
         if x.ndim != 2 or x.shape[1] != self.linear.K:
             raise ValueError(f"x is {x.shape}, and the layer takes K = {self.linear.K}")
         x = np.ascontiguousarray(x, np.float32)
-        y = x @ self.w if "w" in self.parts else self._multiply(x, threads)
-        return y if self.bias is None else y + self.bias
+        with np.errstate(invalid="ignore", over="ignore"):
+            y = x @ self.w if "w" in self.parts else self._multiply(x, threads)
+            return y if self.bias is None else y + self.bias
 
     def dequantize(self) -> Floats:
         """(q - z) * s as float32 [K, n]; no rounding where the scales have 16 bits."""
