@@ -91,7 +91,8 @@ class Weight:
     def gemm(self, x: Floats, threads: int = 1) -> Floats:
         """x [M, K] @ w [K, n] + bias: float32 [M, n], on this thread and threads - 1 others.
 
-        Does not depend on `threads` or on the other rows of x.
+        Packed sums do not depend on `threads`, on other rows of x or on other columns. From about
+        100 rows on, BLAS on `dequantize()` is faster, at a depth of K.
         """
         if x.ndim != 2 or x.shape[1] != self.linear.K:
             raise ValueError(f"x is {x.shape}, and the layer takes K = {self.linear.K}")
