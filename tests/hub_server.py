@@ -355,7 +355,8 @@ class Handler(BaseHTTPRequestHandler):
             if name.partition("/")[0] != self.user:
                 return self.error(403, message="You don't have the rights to create a model here")
             if name in hub.repos:
-                return self.error(409, message="You already created this model repo")
+                told = {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
+                return self.answer(409, json.dumps(told).encode())
             hub.add(name, {".gitattributes": b""}, private=sent.get("visibility") == "private")
             return self.json({"url": f"{hub.url}/{name}", "name": name})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):

@@ -11,15 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import make_checkpoint
 from hub_server import Fault, HubServer, Repo, blob_id, sha256, sibling
 
+from awqconv import convert, verify
+from awqconv._version import __version__
+from awqconv.checkpoint.model import open_model
 from awqconv.checkpoint.reader import open_checkpoint
 from awqconv.errors import AwqconvError
 from awqconv.hub import open_source
 from awqconv.hub.pull import pull
+from awqconv.hub.push import push
 from awqconv.hub.source import HubSource
 
 SHARD = "model-00002-of-00003.safetensors"
@@ -739,3 +744,153 @@ def test_nothing_heavy_is_imported_before_it_is_used() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- push
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conversion to marlin, with a card that came from the source."""
+    folder = tmp_path_factory.mktemp("push")
+    make_checkpoint(folder / "model", {"model.layers.0.mlp.up_proj": (256, 128, 64)})
+    (folder / "model" / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- theirs\n---\n# Their card\n"
+    )
+    convert(folder / "model", folder / "marlin", target="marlin")
+    return folder / "marlin"
+
+
+def test_push_pull_and_verify(hub: HubServer, converted: Path, tmp_path: Path) -> None:
+    done = push(converted, "owner/marlin", base_model="org/model", token="hf_owner")
+    assert done.card == "written"
+    assert done.url == f"{hub.url}/owner/marlin"
+    remote = hub.repos["owner/marlin"]
+    assert done.commit == remote.refs["main"]
+    assert not remote.private
+    card = remote.files["README.md"].decode()
+    for text in (
+        "base_model: org/model",
+        "base_model_relation: quantized",
+        "library_name: awqconv",
+        "- marlin",
+        "- vllm",
+        "license: apache-2.0",
+        "vllm serve owner/marlin",
+        "1 of 1 modules hold, bit for bit",
+        "layout version",
+        f"awqconv {__version__}",
+    ):
+        assert text in card, text
+    assert "theirs" not in card
+    assert "Their card" in (converted / "README.md").read_text()
+
+    pull("owner/marlin", to=tmp_path / "copy")
+    assert verify(tmp_path / "copy").ok
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "copy" / name).read_bytes() == (converted / name).read_bytes()
+    assert open_model(tmp_path / "copy").layout == "marlin"
+
+
+def test_push_again_and_leave_edited_cards_alone(
+    hub: HubServer, converted: Path, tmp_path: Path
+) -> None:
+    def again(**options: Any) -> str:
+        return push(converted, "owner/marlin", token="hf_owner", **options).card
+
+    assert again() == "written"
+    assert again(base_model="org/model") == "written"  # nobody has touched it
+    remote = hub.repos["owner/marlin"]
+    assert b"base_model" in remote.files["README.md"]
+    mine = remote.files["README.md"].replace(b"# marlin", b"# My marlin")
+    remote.commit(remote.files | {"README.md": mine})
+    assert again() == "kept"
+    assert remote.files["README.md"] == mine
+    (tmp_path / "card.md").write_text("# Given\n")
+    assert again(card=tmp_path / "card.md") == "given"
+    assert remote.files["README.md"] == b"# Given\n"
+
+
+def test_push_private_and_pull_requests(hub: HubServer, converted: Path) -> None:
+    push(converted, "owner/secret", private=True, token="hf_owner", message="first")
+    assert hub.repos["owner/secret"].private
+    assert "COMMIT first" in hub.log
+    hub.add("owner/open", {"config.json": b"{}"})
+    before = hub.repos["owner/open"].refs["main"]
+    error = refusal(lambda: push(converted, "owner/open", private=True, token="hf_owner"))
+    assert "public" in error.what
+    done = push(converted, "owner/open", create_pr=True, token="hf_owner")
+    assert done.url.endswith("/owner/open/discussions/1")
+    assert hub.repos["owner/open"].refs["main"] == before
+
+
+def test_push_refuses(hub: HubServer, converted: Path, tmp_path: Path) -> None:
+    def pushed(folder: Path, repo: str = "owner/x", token: str | None = "hf_owner") -> object:
+        return push(folder, repo, token=token)
+
+    make_checkpoint(tmp_path / "model")
+    assert "awqconv convert" in refusal(lambda: pushed(tmp_path / "model")).fix
+    assert "not logged in" in refusal(lambda: pushed(converted, token=None)).what
+    assert "not accept" in refusal(lambda: pushed(converted, token="hf_stale")).what
+    assert "rights" in refusal(lambda: pushed(converted, "org/x")).what
+    assert "only a repository" in refusal(lambda: pushed(converted, "owner/x@main")).what
+    broken = tmp_path / "broken"
+    shutil.copytree(converted, broken)
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    error = refusal(lambda: pushed(broken), code=1)
+    assert "does not verify" in error.what
+    assert "awqconv verify" in error.fix
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        (Fault("status", "PUT /upload", status=503), RECOVERED),
+        (Fault("reset", "PUT /upload"), RECOVERED),
+        (Fault("status", "PUT /upload", FOREVER, status=403), REFUSED),
+        (Fault("status", "POST .*/batch", FOREVER, status=500), REFUSED),
+        (Fault("status", "POST .*/commit", FOREVER, status=500), REFUSED),
+        (Fault("refuse", "POST .*/commit", FOREVER), REFUSED),
+        (Fault("refuse", "POST /api/repos/create", FOREVER), REFUSED),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.kind}-{value.where}",
+)
+def test_faults_while_pushing(hub: HubServer, converted: Path, fault: Fault, outcome: str) -> None:
+    """All files are there after the one commit, or none."""
+    hub.faults.append(fault := replace(fault))
+    try:
+        push(converted, "owner/marlin", token="hf_owner")
+        ended = RECOVERED
+    except AwqconvError as error:
+        told(error)
+        ended = REFUSED
+    assert fault.hits
+    assert ended == outcome
+    remote = hub.repos.get("owner/marlin")
+    there = {} if remote is None else {n: c for n, c in remote.files.items() if n[0] != "."}
+    if ended == REFUSED:
+        assert not there
+        hub.faults.clear()
+        push(converted, "owner/marlin", token="hf_owner")
+        there = hub.repos["owner/marlin"].files
+    name = "model.safetensors"
+    assert there[name] == (converted / name).read_bytes()
+
+
+# --- conversion straight from a repository
+
+
+def test_convert_from_a_repository(repo: Repo, files: dict[str, bytes], tmp_path: Path) -> None:
+    pull("org/model", to=tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "local", target="marlin")
+    convert(HubSource("org/model"), tmp_path / "remote", target="marlin")
+    local, remote = kept(tmp_path / "local"), kept(tmp_path / "remote")
+    assert local.keys() == remote.keys()
+    for name in local.keys() - {"awqconv.json"}:
+        assert local[name] == remote[name], name
+    assert verify(tmp_path / "remote", source=tmp_path / "model").ok
