@@ -433,7 +433,7 @@ class _Check:
             feed = Feed(self.reader, as_is, part.of, {}, budget=0, expert=sample.expert)
             window = feed.window(1, sample.start, sample.start + sample.width)[0]
             packed[part.suffix] = window.copy()
-        x = sample.random.standard_normal((ROWS, linear.K), np.float32)
+        x = bounds.activations(ROWS, linear.K, sample.random)
         weight = _weight(sample.rows, replace(module.original().linear, N=sample.width))["w"]
         exact = x.astype(np.float64) @ weight
         y = cpu.gemm(x, packed, target, linear)
