@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from awqconv._version import __version__
 from awqconv.checkpoint.config import MANIFEST
 from awqconv.checkpoint.header import TensorInfo
-from awqconv.checkpoint.model import FORMAT, KEPT, open_model
+from awqconv.checkpoint.model import FORMAT, open_model
 from awqconv.checkpoint.source import Source
 from awqconv.checkpoint.writer import Staging, check_destination
 from awqconv.digest import NAME as DIGEST
@@ -32,7 +32,8 @@ from awqconv.digest import Hasher, combined, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
 from awqconv.feed import TILE, Reader
-from awqconv.plan import Copy, Job, Pack, Plan, Verdict, make_plan, parse_size
+from awqconv.forms.gather import source_specs
+from awqconv.plan import Copy, Job, Pack, Plan, Run, Verdict, make_plan, parse_size
 from awqconv.repack.floats import RAW, caster
 from awqconv.targets.base import layout
 
@@ -40,6 +41,7 @@ Bytes = NDArray[np.uint8]
 BASE = 160 << 20  # resident bytes of the interpreter, its libraries and the plan of a large model
 DEFAULT_MEMORY = 400 << 20
 INDEX = "model.safetensors.index.json"
+DAMAGED = "A file is damaged: run awqconv verify, and convert the checkpoint again."
 
 Progress = Callable[[int], None]
 
@@ -61,10 +63,10 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-def default_dest(model: str | os.PathLike[str], target: str) -> Path:
-    """`<model>-<target>`, beside the model."""
+def default_dest(model: str | os.PathLike[str], target: str, form: str = "hf", tp: int = 1) -> Path:
+    """`<model>-<target>`, beside the model; `<model>-<target>-tp<n>` for shares of ranks."""
     path = Path(os.path.abspath(model))
-    return path.with_name(f"{path.name}-{target}")
+    return path.with_name(f"{path.name}-{target}" + (f"-tp{tp}" if form != "hf" else ""))
 
 
 def convert(
@@ -72,6 +74,8 @@ def convert(
     dest: str | os.PathLike[str] | None = None,
     *,
     target: str,
+    form: str = "hf",
+    tp: int = 1,
     scale_dtype: str = "keep",
     max_shard_size: str | int = "5GB",
     strict: bool = False,
@@ -83,8 +87,9 @@ def convert(
     """Convert a checkpoint into a target's layout.
 
     `model` is a folder (or an opened source), `dest` the folder to write, `<model>-<target>` if
-    None. `jobs` is the number of threads, `max_memory` the most bytes of resident memory, as
-    "400MB". `progress` is called with numbers of bytes written, from any thread.
+    None. `form` and `tp` are as in `make_plan`. `jobs` is the number of threads, `max_memory` the
+    most bytes of resident memory, as "400MB". `progress` is called with numbers of bytes written,
+    from any thread.
 
     Raises AwqconvError for a bad checkpoint, a bad destination, a full disk; then nothing that
     looks finished is at `dest`, and the same call continues the work.
@@ -94,11 +99,13 @@ def convert(
         plan = make_plan(
             opened,
             layout(target),
+            form=form,
+            tp=tp,
             scale_dtype=scale_dtype,
             max_shard_size=max_shard_size,
             strict=strict,
         )
-        path = Path(dest) if dest else default_dest(opened.checkpoint.source.name, target)
+        path = Path(dest) if dest else default_dest(opened.checkpoint.source.name, target, form, tp)
         return run(
             plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
         )
@@ -199,7 +206,7 @@ class _Executor:
         self.reader = Reader(self.source)
         self.encoder = Encoder(self.reader, share)
         self.results: dict[str, dict[str, dict[str, str]]] = {}
-        self.resumed = 0
+        self.resumed, self.workers = 0, 1
         self.stop = threading.Event()
 
     # --- running jobs
@@ -209,6 +216,7 @@ class _Executor:
         for file in self.plan.files:
             self.staging.create(file.name, file.size, file.header)
             self.progress(len(file.header))
+        self.workers = workers
         pool = ThreadPoolExecutor(workers, thread_name_prefix="awqconv")
         pending: dict[str, int] = {}
         for job in self.plan.jobs:
@@ -277,24 +285,50 @@ class _Executor:
         """The bytes a copy takes from its source, a tile at a time."""
         if job.data is not None:
             yield np.frombuffer(job.data, np.uint8)
-        for run in job.runs:
+        others = [self._ranges(runs, job.interleaved, f"again {i}")
+                  for i, runs in enumerate(job.again)]  # fmt: skip
+        for chunk in self._ranges(job.runs, job.interleaved, "copy"):
+            if any(not np.array_equal(chunk, next(other)) for other in others):
+                raise AwqconvError(
+                    "its copies in the files of several ranks differ", job.name, DAMAGED
+                )
+            yield chunk
+
+    def _ranges(self, runs: Sequence[Run], interleaved: bool, use: str) -> Iterator[Bytes]:
+        """The bytes of runs, one run after another, or range by range of all of them."""
+        if interleaved:
+            width = sum(run.length for run in runs)
+            step = max(1, TILE // width)
+            for i in range(0, runs[0].count, step):
+                rows = min(step, runs[0].count - i)
+                buffer = self.reader.arena.take(use, rows * width)
+                table, column = buffer.reshape(rows, width), 0
+                for run in runs:
+                    part = np.empty((rows, run.length), np.uint8)
+                    begin = run.start + i * run.stride
+                    self.source.readinto(run.file, begin, part.reshape(-1).data)
+                    table[:, column : column + run.length] = part
+                    column += run.length
+                yield buffer
+            return
+        for run in runs:
             if not run.file:
                 yield np.zeros(run.length * run.count, np.uint8)
             elif run.count == 1 or run.length > TILE:
                 for i in range(run.count):
                     for start in range(0, run.length, TILE):
-                        buffer = self.reader.arena.take("copy", min(TILE, run.length - start))
+                        buffer = self.reader.arena.take(use, min(TILE, run.length - start))
                         begin = run.start + i * run.stride + start
                         self.source.readinto(run.file, begin, buffer.data)
                         yield buffer
             else:
                 step = TILE // run.length
                 for i in range(0, run.count, step):
-                    rows = range(i, min(i + step, run.count))
-                    buffer = self.reader.arena.take("copy", len(rows) * run.length)
-                    for j, row in enumerate(rows):
-                        part = buffer.data[j * run.length : (j + 1) * run.length]
-                        self.source.readinto(run.file, run.start + row * run.stride, part)
+                    rows = min(step, run.count - i)
+                    buffer = self.reader.arena.take(use, rows * run.length)
+                    for j in range(rows):
+                        part = buffer[j * run.length : (j + 1) * run.length]
+                        self.source.readinto(run.file, run.start + (i + j) * run.stride, part.data)
                     yield buffer
 
     def _pack(self, job: Pack) -> dict[str, Any]:
@@ -312,7 +346,8 @@ class _Executor:
                     out.put(tile)
             digests[info.name] = out.hasher.hexdigest()
         entry: dict[str, Any] = {"outputs": digests}
-        if all(piece.whole for pieces in job.experts for piece in pieces):
+        whole = all(piece.whole for pieces in job.experts for piece in pieces)
+        if whole and not self.plan.model.manifest:
             entry["sources"] = self._source_digests(job, hashers)
         return entry
 
@@ -345,20 +380,22 @@ class _Executor:
             data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
             self.staging.put(name, data)
             files[name] = {"size": len(data), "digest": digest(data)}
-        outputs: dict[str, str] = {}
+        outputs: dict[tuple[str, str], str] = {}
         sources: dict[str, str] = {}
-        for entry in self.results.values():
-            outputs.update(entry["outputs"])
         for job in plan.jobs:
-            sources.update(self.results[_key(job)].get("sources", {}))
+            entry = self.results[_key(job)]
+            outputs.update(((_file(job), name), value) for name, value in entry["outputs"].items())
+            sources.update(entry.get("sources", {}))
+        if not model.manifest:
+            missing = [i for i in model.checkpoint.tensors.values() if i.name not in sources]
+            with ThreadPoolExecutor(self.workers) as pool:
+                digests = pool.map(self.reader.digest, missing)
+                sources.update((i.name, d) for i, d in zip(missing, digests, strict=True))
         for file in plan.files:
-            kept = file.name == KEPT
             files[file.name] = {
                 "size": file.size,
                 "header": digest(file.header),
-                "tensors": {
-                    name: self._kept(name) if kept else outputs[name] for name in file.tensors
-                },
+                "tensors": {name: outputs[file.name, name] for name in file.tensors},
             }
         for name, was in self.began.items():
             if list(self.source.fingerprint(name)) != was:
@@ -370,13 +407,6 @@ class _Executor:
         manifest = self._manifest(files, sources)
         self.staging.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return [*files, MANIFEST]
-
-    def _kept(self, name: str) -> str:
-        return next(
-            entry["outputs"][name]
-            for key, entry in self.results.items()
-            if key.startswith(KEPT) and name in entry["outputs"]
-        )
 
     def _manifest(self, files: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
         plan, model = self.plan, self.plan.model
@@ -411,12 +441,15 @@ class _Executor:
                 ),
                 "quantization_config": model.source_quantization,
             }
+        # A sharded folder is read back by applying the form to these names again.
+        sharded = {"tp": plan.tp, "tensors": source_specs(model)} if plan.form != "hf" else {}
         return {
             "awqconv": __version__,
             "format": FORMAT,
             "target": plan.target.name,
             "layout_version": plan.target.version,
             "form": plan.form,
+            **sharded,
             "scale_dtype": plan.scale_dtype,
             "group_size": model.quantization.group_size,
             "modules_to_not_convert": list(model.quantization.modules_to_not_convert),

@@ -8,17 +8,28 @@ a tile of memory: the source tensor is then held whole if there is room, and els
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import lcm
+from dataclasses import dataclass
+from math import gcd, lcm
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from awqconv.checkpoint.model import Piece
 from awqconv.digest import Hasher
+from awqconv.errors import AwqconvError
 from awqconv.feed import TILE, Feed, Reader
-from awqconv.plan import Piece
 from awqconv.repack.axes import Layout
-from awqconv.repack.encode import NIBBLES, dequantize, read_numbers, read_zeros, recode
-from awqconv.repack.floats import caster, from_float32, to_float32
+from awqconv.repack.encode import (
+    NIBBLES,
+    dequantize,
+    read_numbers,
+    read_zeros,
+    recode,
+    write_numbers,
+    write_zeros,
+)
+from awqconv.repack.floats import RAW, caster, from_float32, to_float32
 from awqconv.repack.reference import unpack_nibbles
 from awqconv.targets.base import Linear, Part, Target
 
@@ -78,7 +89,9 @@ class Encoder:
         to = part.layout(linear)
         feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
         dim, cuts = self._tiles(part, to, feeds)
-        unit = 1 if part.of == "q" else linear.g
+        moves = _moves(pieces, part.of, linear.g)
+        fits = all(_fits(move, feeds[move.slot].layout, to, dim) for move in moves)
+        put = self._put if fits else self._put_loose
         zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
         for start in cuts:
             stop = min(start + cuts.step, to.shape[dim])
@@ -86,33 +99,83 @@ class Encoder:
             tile = part.pattern.bind(shape)
             outer = tile.axes[0]
             buffer = self.reader.arena.take("output", outer.size * outer.stored * part.bits // 8)
-            for piece, feed in zip(pieces, feeds, strict=True):
-                first, into = _intersect(piece, tile, dim, start, stop, unit)
-                if into is None:
-                    continue
-                source, at = feed.window(dim, *first)
-                other = 1 - dim
-                span = (piece.rows, piece.cols)[other]
-                scale = unit if other == 0 else 1
-                low, high = span[0] // scale, span[1] // scale
-                if (low, high) != (0, at.shape[other]):
-                    at = at.slice(other, low, high)
-                scales = linear.scales if part.of == "s" else "F32"
-                recode(source, feed.part, at, buffer, part, into, scales)
+            here = [cut for move in moves if (cut := move.cut(dim, start, stop))]
+            put(part, linear, dim, tile, buffer, here, feeds)
             if zeros is not None:
                 target.derive(part, linear, buffer, zeros[:, start:stop])
             yield buffer
 
+    def _put(
+        self,
+        part: Part,
+        linear: Linear,
+        dim: int,
+        tile: Layout,
+        buffer: Bytes,
+        moves: Sequence[Move],
+        feeds: Sequence[Feed],
+    ) -> None:
+        """Write the moves of a tile, each from its place in one layout to that in the other."""
+        other = 1 - dim
+        scales = linear.scales if part.of == "s" else "F32"
+        for move in moves:
+            feed = feeds[move.slot]
+            low, size = move.source[dim], move.shape[dim]
+            source, at = feed.window(dim, low, low + size)
+            at = _slice(at, other, move.source[other], move.shape[other])
+            into = _slice(_slice(tile, dim, move.at[dim], size), other, move.at[other],
+                          move.shape[other])  # fmt: skip
+            if not move.again:
+                recode(source, feed.part, at, buffer, part, into, scales)
+                continue
+            copy = buffer.copy()
+            recode(source, feed.part, at, copy, part, into, scales)
+            _check_again(feed, np.array_equal(copy, buffer))
+
+    def _put_loose(
+        self,
+        part: Part,
+        linear: Linear,
+        dim: int,
+        tile: Layout,
+        buffer: Bytes,
+        moves: Sequence[Move],
+        feeds: Sequence[Feed],
+    ) -> None:
+        """The same where pieces begin or end inside a granule of a layout: by way of plain rows."""
+        width = 1 if part.of == "s" else 2
+        dtype = RAW[linear.scales] if part.of == "s" else np.dtype(np.uint8)
+        rows = np.zeros((tile.shape[0], tile.shape[1] // width), dtype)
+        for move in moves:
+            feed = feeds[move.slot]
+            grain = max(axis.logical for axis in feed.layout.axes if axis.dim == dim)
+            low = move.source[dim] // grain * grain
+            high = -(-(move.source[dim] + move.shape[dim]) // grain) * grain
+            plain = _plain(*feed.window(dim, low, high), feed.part, linear.scales)
+            begin = [x - (low if d == dim else 0) for d, x in enumerate(move.source)]
+            (k, n), (K, N) = begin, move.shape
+            block = plain[k : k + K, n // width : (n + N) // width]
+            k, n = move.at
+            view = rows[k : k + K, n // width : (n + N) // width]
+            if move.again:
+                _check_again(feed, np.array_equal(view, block))
+            view[...] = block
+        if part.of == "q":
+            as_rows = Part("", "q", NIBBLES, "U8")
+            recode(rows.reshape(-1), as_rows, NIBBLES.bind(tile.shape), buffer, part, tile)
+        elif part.of == "z":
+            write_zeros(rows, buffer, part, tile)
+        else:
+            write_numbers(caster(linear.scales, part.dtype)(rows), buffer, part, tile)
+
     def _zeros(self, pieces: Sequence[Piece], linear: Linear, hashers: dict[str, Hasher]) -> Bytes:
         """Zero points 0..15 of one expert, uint8 [G, N]."""
         zeros = np.empty(linear.shape("z"), np.uint8)
-        for piece, feed in zip(pieces, self._feeds(pieces, "z", hashers, self.share), strict=True):
-            source, at = feed.window(0, 0, feed.layout.shape[0])
-            rows = unpack_nibbles(read_zeros(source, feed.part, at))
-            g = piece.source.linear.g
-            part = rows[piece.rows[0] // g : piece.rows[1] // g, slice(*piece.cols)]
-            k, n = piece.at[0] // g, piece.at[1]
-            zeros[k : k + part.shape[0], n : n + part.shape[1]] = part
+        feeds = self._feeds(pieces, "z", hashers, self.share)
+        plain = [unpack_nibbles(_plain(*f.window(0, 0, f.layout.shape[0]), f.part)) for f in feeds]
+        for move in _moves(pieces, "z", linear.g):
+            (i, n), (G, N), (k, c) = move.source, move.shape, move.at
+            zeros[k : k + G, c : c + N] = plain[move.slot][i : i + G, n : n + N]
         return zeros
 
     def _dense(
@@ -156,23 +219,86 @@ def _args(feed: Feed, cols: list[int]) -> tuple[Bytes, Part, Layout]:
     return source, feed.part, at
 
 
-def _intersect(
-    piece: Piece, tile: Layout, dim: int, start: int, stop: int, unit: int
-) -> tuple[tuple[int, int], Layout | None]:
-    """What a tile start..stop of `dim` takes of a piece, and its place in the tile."""
-    scale = (unit, 1)
-    spans = [
-        (low // scale[d], high // scale[d])
-        for d, (low, high) in enumerate((piece.rows, piece.cols))
-    ]
-    at = [place // scale[d] for d, place in enumerate(piece.at)]
-    low, high = max(start, at[dim]), min(stop, at[dim] + _width(spans[dim]))
-    if low >= high:
-        return (0, 0), None
-    shift = spans[dim][0] - at[dim]
-    into = tile if (low, high) == (start, stop) else tile.slice(dim, low - start, high - start)
-    other = 1 - dim
-    width = _width(spans[other])
-    if width != tile.shape[other]:
-        into = into.slice(other, at[other], at[other] + width)
-    return (low + shift, high + shift), into
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A block of one array of a source, `source` its first element, that lands at `at`."""
+
+    slot: int
+    source: tuple[int, int]
+    shape: tuple[int, int]
+    at: tuple[int, int]
+    again: bool = False
+
+    def cut(self, dim: int, start: int, stop: int) -> Move | None:
+        """What a tile start..stop of `dim` takes of it, `at` counted from the tile's start."""
+        low, high = max(start, self.at[dim]), min(stop, self.at[dim] + self.shape[dim])
+        if low >= high:
+            return None
+        shift = low - self.at[dim]
+        source, shape, at = list(self.source), list(self.shape), list(self.at)
+        source[dim], shape[dim], at[dim] = source[dim] + shift, high - low, low - start
+        return Move(self.slot, _pair(source), _pair(shape), _pair(at), self.again)
+
+
+def _pair(values: list[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _moves(pieces: Sequence[Piece], of: str, g: int) -> list[Move]:
+    """Where the elements of one array go: rows of codes; rows of scales and zero points, which may
+    be fewer or more in a source whose groups are larger or smaller than the output's `g`."""
+    moves: list[Move] = []
+    seen: set[tuple[int, int]] = set()
+    for slot, piece in enumerate(pieces):
+        (low, high), (first, last), (k, n) = piece.rows, piece.cols, piece.at
+        width, theirs = last - first, piece.source.linear.g
+        if of == "q":
+            moves.append(Move(slot, (low, first), (high - low, width), (k, n), piece.again))
+        elif g == theirs:
+            groups = (high - low) // g
+            moves.append(Move(slot, (low // g, first), (groups, width), (k // g, n), piece.again))
+        else:
+            pairs = dict.fromkeys(
+                ((low + row) // theirs, (k + row) // g)
+                for row in range(0, high - low, gcd(g, theirs, low, k))
+            )
+            for source, at in pairs:
+                again = piece.again or (at, n) in seen
+                seen.add((at, n))
+                moves.append(Move(slot, (source, first), (1, width), (at, n), again))
+    return moves
+
+
+def _fits(move: Move, source: Layout, to: Layout, dim: int) -> bool:
+    """Whether a move begins and ends at granules of both layouts, also where tiles are cut."""
+    for d in (0, 1):
+        mine, theirs = (max(a.logical for a in x.axes if a.dim == d) for x in (to, source))
+        grain = lcm(mine, theirs) if d == dim else mine
+        size = move.shape[d]
+        if move.at[d] % grain or size % mine or move.source[d] % theirs or size % theirs:
+            return False
+    return True
+
+
+def _slice(at: Layout, dim: int, start: int, size: int) -> Layout:
+    return at if (start, size) == (0, at.shape[dim]) else at.slice(dim, start, start + size)
+
+
+def _plain(source: Bytes, at: Layout, part: Part, scales: str = "") -> NDArray[Any]:
+    """Elements in logical order: packed rows of codes or zero points, raw scales of a dtype."""
+    if part.of == "s":
+        return caster(part.dtype, scales)(read_numbers(source, part, at))
+    if part.of == "z":
+        return read_zeros(source, part, at)
+    rows = np.empty((at.shape[0], at.shape[1] // 2), np.uint8)
+    recode(source, part, at, rows.reshape(-1), Part("", "q", NIBBLES, "U8"), NIBBLES.bind(at.shape))
+    return rows
+
+
+def _check_again(feed: Feed, same: bool) -> None:
+    if not same:
+        raise AwqconvError(
+            "what several ranks or groups hold alike differs",
+            feed.info.where,
+            "A file is damaged: run awqconv verify, and convert the checkpoint again.",
+        )

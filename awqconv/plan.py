@@ -8,81 +8,21 @@ order; `convert.py` runs them in threads.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 from awqconv._version import __version__
 from awqconv.checkpoint.header import DTYPE_BITS, TensorInfo, build_header
-from awqconv.checkpoint.model import KEPT, Model, Stored
+from awqconv.checkpoint.model import KEPT, Model, Piece, Run, Stored
 from awqconv.errors import AwqconvError
-from awqconv.repack.floats import lossless
-from awqconv.targets.base import Linear, Target, layout
+from awqconv.forms import hf, sglang
+from awqconv.forms.experts import misread, mixtures
+from awqconv.jobs import Copy, Job, Pack, Spec, Verdict, specs
+from awqconv.targets.base import Target, layout
 
-Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`count` ranges of `length` bytes of a source file, `stride` bytes apart; zeros if no file."""
-
-    file: str
-    start: int
-    length: int
-    count: int = 1
-    stride: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """An output tensor whose bytes are source bytes, `cast` from one float dtype to another, or
-    literal `data`. `whole` names the source tensor if its bytes are read whole and in order."""
-
-    output: TensorInfo
-    runs: tuple[Run, ...] = ()
-    cast: tuple[str, str] | None = None
-    data: bytes | None = None
-    whole: str | None = None
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows `rows` and columns `cols` of a source module, which land at (k, n) of an output."""
-
-    source: Stored
-    rows: tuple[int, int]
-    cols: tuple[int, int]
-    at: tuple[int, int] = (0, 0)
-    expert: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is all of its source module."""
-        linear = self.source.linear
-        return self.rows == (0, linear.K) and self.cols == (0, linear.N)
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """An output module: `experts` times a linear layer put together from pieces of source modules.
-
-    `outputs` are the tensors by part suffix; with several experts each tensor holds them one after
-    another.
-    """
-
-    name: str
-    layout: str
-    linear: Linear
-    outputs: Mapping[str, TensorInfo]
-    experts: tuple[tuple[Piece, ...], ...]
-
-
-Job = Copy | Pack
+__all__ = ["Copy", "Job", "OutFile", "Pack", "Piece", "Plan", "Run", "Verdict", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +33,6 @@ class OutFile:
     header: bytes
     size: int
     tensors: Mapping[str, TensorInfo]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What becomes of a source module: its layout in the output, and the rule it breaks if any."""
-
-    module: str
-    linear: Linear
-    layout: str
-    rule: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +49,7 @@ class Plan:
     copies: tuple[str, ...]
     index: dict[str, Any] | None
     form: str = "hf"
+    tp: int = 1
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -139,6 +70,7 @@ class Plan:
             "target": self.target.name,
             "layout version": self.target.version,
             "form": self.form,
+            "tp": self.tp,
             "scale dtype": self.scale_dtype,
             "shards": [[file.name, file.size] for file in self.files],
             "source": source.name,
@@ -164,57 +96,72 @@ def parse_size(text: str | int) -> int:
 
 
 def verdict(module: Stored, target: Target, scales: str) -> Verdict:
-    """Whether the target's kernels take a module, and in what layout it will be written if not."""
-    linear = module.linear if scales == "keep" else replace(module.linear, scales=scales)
-    rule = target.broken(linear)
-    return Verdict(module.name, linear, target.fallback if rule else target.name, rule)
+    """What becomes of one module alone; `verdicts` also knows that experts go together."""
+    return verdicts({module.name: module}, target, scales)[module.name]
+
+
+def verdicts(sources: Mapping[str, Stored], target: Target, scales: str) -> dict[str, Verdict]:
+    """For every module, whether the target's kernels take it, and in what layout it is written.
+
+    `scales` is the safetensors dtype that scales are written in, or keep.
+    """
+    linears = {
+        name: module.linear if scales == "keep" else replace(module.linear, scales=scales)
+        for name, module in sources.items()
+    }
+    return hf.decide(sources, linears, target)
 
 
 DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "keep": "keep"}
+FORMS = ("hf", "sglang-sharded")
 
 
 def make_plan(
     model: Model,
     target: Target,
     *,
+    form: str = "hf",
+    tp: int = 1,
     scale_dtype: str = "keep",
     max_shard_size: str | int = "5GB",
     strict: bool = False,
 ) -> Plan:
     """Plan the conversion of an opened model. Reads nothing but what `model` holds.
 
-    `scale_dtype`: keep, float16, bfloat16 or float32. `strict` refuses modules that the target's
-    kernels do not take instead of writing them in the fallback layout.
+    `form`: hf, every module under its own name, or sglang-sharded, a set of files for each of `tp`
+    tensor-parallel ranks. `scale_dtype`: keep, float16, bfloat16 or float32. `strict` refuses
+    modules that the target's kernels do not take instead of writing them in the fallback layout.
 
-    Raises AwqconvError for a module that breaks a rule under `strict`, names that collide and bad
-    arguments.
+    Raises AwqconvError for a module that breaks a rule under `strict`, names that collide, a model
+    that the form does not know, and bad arguments.
     """
-    if scale_dtype not in DTYPES:
-        raise AwqconvError(
-            f"scale dtype {scale_dtype!r} is not known", fix=f"Use one of {', '.join(DTYPES)}."
-        )
-    if target.name == "awq" and scale_dtype != "keep":
-        raise AwqconvError(
-            "turning back to AWQ restores the scales as they were",
-            fix="Leave --scale-dtype out with --target awq.",
-        )
+    _check_arguments(model, target, form, tp, scale_dtype)
     sources = {name: module.original() for name, module in model.modules.items()}
-    verdicts = {
-        name: verdict(module, target, DTYPES[scale_dtype]) for name, module in sources.items()
-    }
-    broken = [v for v in verdicts.values() if v.rule]
+    notes = list(model.notes)
+    groups: list[tuple[Namer, list[Job]]]
+    if form == "hf":
+        decided = verdicts(sources, target, DTYPES[scale_dtype])
+        groups = [(_shard_name, list(hf.jobs(model, sources, decided)))]
+        kept = list(hf.kept(model, sources, decided))
+    else:
+        sglang.check_target(target)
+        sharded = sglang.shard(model, sources, target, tp)
+        decided, kept = sharded.verdicts, sharded.kept
+        notes += sharded.notes
+        groups = [(_rank_namer(rank), jobs) for rank, jobs in enumerate(sharded.ranks)]
+    broken = [v for v in decided.values() if v.rule]
     if broken and (strict or target.fallback == target.name):
         first = broken[0]
         raise AwqconvError(
-            f"{target.name} does not take {len(broken)} of {len(verdicts)} modules; "
+            f"{target.name} does not take {len(broken)} of {len(decided)} modules; "
             f"the first breaks {first.rule}",
             first.module,
-            f"Leave --strict out to write them as {target.fallback}, or choose another target.",
+            f"Leave --strict out to write them as {first.layout}, or choose another target.",
         )
-    jobs = list(_jobs(model, target, sources, verdicts))
-    kept = list(_kept(sources, verdicts))
-    files, jobs = _lay_out(jobs, kept, parse_size(max_shard_size))
-    main = [file for file in files if file.name != KEPT]
+    if target.name == "marlin":
+        notes += _scale_order(sources, tp if form != "hf" else None)
+    files, jobs = _lay_out([*groups, (lambda part, parts: KEPT, kept)], parse_size(max_shard_size))
+    main = [file for file in files if file.name != KEPT] if form == "hf" else []
     index: dict[str, Any] | None = None
     if len(main) > 1:
         index = {
@@ -227,126 +174,131 @@ def make_plan(
         scale_dtype,
         tuple(files),
         tuple(jobs),
-        tuple(verdicts.values()),
+        tuple(decided.values()),
         {},
         tuple(model.other_files),
         index,
-        notes=list(model.notes),
+        form,
+        tp,
+        notes,
     )
     plan.config.update(_config(plan))
     return plan
 
 
-def _whole(info: TensorInfo) -> tuple[Run, ...]:
-    return (Run(info.file, info.start, info.nbytes),)
-
-
-def _jobs(
-    model: Model, target: Target, sources: Mapping[str, Stored], verdicts: Mapping[str, Verdict]
-) -> Iterator[Job]:
-    """The jobs in source order, with outputs that have a name, dtype and shape but no place yet."""
-    for item in model.items():
-        if isinstance(item, TensorInfo):
-            yield Copy(_unplaced(item.name, item.dtype, item.shape), _whole(item), whole=item.name)
-            continue
-        name = item.name
-        source, decided = sources[name], verdicts[name]
-        out, linear = layout(decided.layout), decided.linear
-        outputs = {
-            part.suffix: _unplaced(
-                f"{name}.{part.suffix}", part.dtype, _stack(source, part.shape(linear))
+def _check_arguments(model: Model, target: Target, form: str, tp: int, scale_dtype: str) -> None:
+    """Refuse arguments that do not go together."""
+    if scale_dtype not in DTYPES:
+        raise AwqconvError(
+            f"scale dtype {scale_dtype!r} is not known", fix=f"Use one of {', '.join(DTYPES)}."
+        )
+    if target.name == "awq" and scale_dtype != "keep":
+        raise AwqconvError(
+            "turning back to AWQ restores the scales as they were",
+            fix="Leave --scale-dtype out with --target awq.",
+        )
+    if form not in FORMS:
+        raise AwqconvError(f"no form is named {form!r}", fix=f"Use one of {', '.join(FORMS)}.")
+    if tp < 1:
+        raise AwqconvError(f"{tp} tensor-parallel ranks", fix="Give --tp 1 or more.")
+    if form == "hf":
+        if tp != 1:
+            raise AwqconvError(
+                "the form hf is the same for every number of ranks",
+                fix="Leave --tp out, or add --form sglang-sharded.",
             )
-            for part in out.parts(linear)
-        }
-        yield Pack(name, decided.layout, linear, outputs, _experts(source))
-        for suffix, value in out.constants(linear).items():
-            dtype = {"i8": "I64", "i4": "I32"}[value.dtype.str[1:]]
-            info = _unplaced(f"{name}.{suffix}", dtype, value.shape)
-            yield Copy(info, data=value.tobytes())
-        if source.bias:
-            was, dtype = source.bias, out.bias(linear) or source.bias.dtype
-            cast = (was.dtype, dtype) if was.dtype != dtype else None
-            info = _unplaced(was.name, dtype, was.shape)
-            yield Copy(info, _whole(was), cast, whole=was.name)
+        return
+    if scale_dtype != "keep":
+        raise AwqconvError(
+            "the engine casts scales to the model's dtype when it loads the form sglang-sharded",
+            fix="Leave --scale-dtype out with --form sglang-sharded.",
+        )
+    if model.scattered:
+        raise AwqconvError(
+            "the folder is sharded for tensor-parallel ranks already",
+            model.checkpoint.source.name,
+            "Turn it back first: awqconv convert FOLDER --target awq",
+        )
 
 
-def _kept(sources: Mapping[str, Stored], verdicts: Mapping[str, Verdict]) -> Iterator[Job]:
-    """Original tensors that the written ones do not determine."""
-    for name, source in sources.items():
-        decided = verdicts[name]
-        awq = layout("awq")
-        lossy = layout(decided.layout).lossy
-        rounded = not lossless(source.linear.scales, decided.linear.scales)
-        for part in awq.parts(source.linear):
-            if lossy or (rounded and part.of == "s"):
-                shape = _stack(source, part.shape(source.linear))
-                info = _unplaced(f"{name}.{part.suffix}", part.dtype, shape)
-                yield Pack(name, "awq", source.linear, {part.suffix: info}, _experts(source))
+def _scale_order(sources: Mapping[str, Stored], tp: int | None) -> list[str]:
+    """A note that names the mixtures that engines load wrongly from AWQ, at which ranks."""
+    counts = [tp] if tp else [1, 2, 4, 8, 16]
+    marlin = layout("marlin")
+    found: dict[tuple[int, ...], list[str]] = {}
+    for group in mixtures(sources):
+        wrong = tuple(
+            n
+            for n in counts
+            if group.mixture
+            and misread(group.mixture, n)
+            and not marlin.broken(replace(group.mixture, I=group.mixture.I // n))
+        )
+        if wrong:
+            found.setdefault(wrong, []).append(group.prefix)
+    return [
+        f"With {' or '.join(map(str, wrong))} tensor-parallel rank(s), SGLang (to 0.5.23) and vLLM "
+        f"put the w13 scales of {len(names)} mixtures, the first {names[0]}, in a wrong order when "
+        "they load the AWQ checkpoint itself. Here they are right, so outputs will differ."
+        for wrong, names in found.items()
+    ]
 
 
-def _stack(source: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (source.experts, *shape) if source.experts > 1 else shape
+Namer = Callable[[int, int], str]  # of part i (from 1) of n
 
 
-def _experts(source: Stored) -> tuple[tuple[Piece, ...], ...]:
-    """Each expert of a source module (one, where it is no stack) as one whole piece."""
-    rows, cols = (0, source.linear.K), (0, source.linear.N)
-    return tuple((Piece(source, rows, cols, expert=e),) for e in range(source.experts))
+def _shard_name(part: int, parts: int) -> str:
+    return "model.safetensors" if parts == 1 else f"model-{part:05}-of-{parts:05}.safetensors"
 
 
-def _unplaced(name: str, dtype: str, shape: tuple[int, ...]) -> TensorInfo:
-    return TensorInfo(name, dtype, shape, "", 0, 0)
+def _rank_namer(rank: int) -> Namer:
+    return lambda part, parts: sglang.FILE.format(rank=rank, part=part - 1)
 
 
-def _outputs(job: Job) -> tuple[TensorInfo, ...]:
-    return (job.output,) if isinstance(job, Copy) else tuple(job.outputs.values())
-
-
-def _specs(jobs: Iterable[Job]) -> list[Spec]:
-    return [(t.name, t.dtype, t.shape) for job in jobs for t in _outputs(job)]
-
-
-def _lay_out(jobs: list[Job], kept: list[Job], limit: int) -> tuple[list[OutFile], list[Job]]:
-    """Cut the jobs into shards of at most `limit` bytes and give every output tensor its place."""
+def _cut(jobs: Sequence[Job], limit: int) -> list[list[Job]]:
+    """Jobs in order, as shards of at most `limit` bytes."""
     shards: list[list[Job]] = [[]]
     room = limit
     for job in jobs:
-        size = sum(_nbytes(spec) for spec in _specs([job]))
+        size = sum(map(_nbytes, specs([job])))
         if size > room and shards[-1]:
             shards.append([])
             room = limit
         shards[-1].append(job)
         room -= size
-    total = len(shards)
-    names = [
-        "model.safetensors" if total == 1 else f"model-{i:05}-of-{total:05}.safetensors"
-        for i in range(1, total + 1)
-    ]
-    if kept:
-        shards.append(kept)
-        names.append(KEPT)
+    return shards
+
+
+def _lay_out(groups: list[tuple[Namer, list[Job]]], limit: int) -> tuple[list[OutFile], list[Job]]:
+    """Cut each group of jobs into shards and give every output tensor its place."""
     files: list[OutFile] = []
     placed: list[Job] = []
-    seen: set[str] = set()
-    for file, shard in zip(names, shards, strict=True):
-        specs = _specs(shard)
-        for name, _, _ in specs if file != KEPT else ():
-            if name in seen:
-                raise AwqconvError(
-                    "two tensors of the converted checkpoint would have this name",
-                    name,
-                    "Rename the one in the source that belongs to no quantized module.",
-                )
-            seen.add(name)
-        header, where = build_header(specs, file=file)
-        size = max((info.stop for info in where.values()), default=len(header))
-        files.append(OutFile(file, header, size, where))
-        for job in shard:
-            if isinstance(job, Copy):
-                placed.append(replace(job, output=where[job.output.name]))
-            else:
-                outputs = {suffix: where[info.name] for suffix, info in job.outputs.items()}
-                placed.append(replace(job, outputs=outputs))
+    for namer, jobs in groups:
+        seen: set[str] = set()
+        one = namer(1, 1) == KEPT
+        shards = [jobs] if one else _cut(jobs, limit)
+        for part, shard in enumerate(shards, 1):
+            if one and not shard:
+                continue
+            file = namer(part, len(shards))
+            wanted = specs(shard)
+            for name, _, _ in wanted:
+                if name in seen:
+                    raise AwqconvError(
+                        "two tensors of the converted checkpoint would have this name",
+                        name,
+                        "Rename the one in the source that belongs to no quantized module.",
+                    )
+                seen.add(name)
+            header, where = build_header(wanted, file=file)
+            size = max((info.stop for info in where.values()), default=len(header))
+            files.append(OutFile(file, header, size, where))
+            for job in shard:
+                if isinstance(job, Copy):
+                    placed.append(replace(job, output=where[job.output.name]))
+                else:
+                    infos = {suffix: where[info.name] for suffix, info in job.outputs.items()}
+                    placed.append(replace(job, outputs=infos))
     return files, placed
 
 
@@ -357,6 +309,8 @@ def _nbytes(spec: Spec) -> int:
 def _config(plan: Plan) -> dict[str, Any]:
     """The output's config.json: the source's, with the quantization it now has."""
     model, quant = plan.model, plan.model.quantization
+    if plan.form != "hf":  # what the engine picks its own layers by
+        return {**model.checkpoint.config, "quantization_config": model.source_quantization}
     common = {
         "quant_method": "awqconv",
         "target": plan.target.name,

@@ -14,7 +14,7 @@ from typing import Any
 from awqconv.checkpoint.config import MANIFEST, QuantConfig
 from awqconv.checkpoint.header import TensorInfo, read_header
 from awqconv.checkpoint.reader import Checkpoint, open_checkpoint
-from awqconv.checkpoint.source import Source
+from awqconv.checkpoint.source import Folder, Source
 from awqconv.checkpoint.strict import parse_json
 from awqconv.errors import AwqconvError
 from awqconv.targets.base import Linear, Part, layout
@@ -31,7 +31,8 @@ class Stored:
     """One quantized module as it lies in a checkpoint.
 
     `tensors` are its packed tensors by part suffix; `kept` the AWQ originals of those whose bytes
-    the packed ones do not determine, and `kept_scales` the dtype that the scales had there.
+    the packed ones do not determine, `kept_scales` the dtype that the scales had there, and
+    `stored_scales` the dtype they are stored in where `linear` is about the original ones.
     """
 
     name: str
@@ -42,10 +43,12 @@ class Stored:
     kept: Mapping[str, TensorInfo] = field(default_factory=dict)
     kept_scales: str = ""
     experts: int = 1
+    stored_scales: str = ""
 
     def arrays(self) -> dict[str, tuple[Part, TensorInfo]]:
         """The stored tensor of each logical array q, z, s (or w)."""
-        parts = layout(self.layout).parts(self.linear)
+        stored = replace(self.linear, scales=self.stored_scales or self.linear.scales)
+        parts = layout(self.layout).parts(stored)
         found = {part.of: (part, self.tensors[part.suffix]) for part in parts}
         if self.kept:
             awq = layout("awq").parts(self.linear)
@@ -54,10 +57,56 @@ class Stored:
 
     def original(self) -> Stored:
         """The module with the scales it came with: what to convert from."""
-        if not self.kept:
+        if self.kept_scales in ("", self.linear.scales):
             return self
         linear = replace(self.linear, scales=self.kept_scales)
-        return replace(self, linear=linear)
+        return replace(self, linear=linear, stored_scales=self.linear.scales)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `rows` and columns `cols` of a stored module, which land at (k, n) of another.
+
+    `again`: another piece has put the same elements there; this one must equal it.
+    """
+
+    source: Stored
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    at: tuple[int, int] = (0, 0)
+    expert: int = 0
+    again: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of its source module."""
+        linear = self.source.linear
+        return self.rows == (0, linear.K) and self.cols == (0, linear.N)
+
+
+Pieces = tuple[Piece, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` ranges of `length` bytes of a source file, `stride` bytes apart; zeros if no file."""
+
+    file: str
+    start: int
+    length: int
+    count: int = 1
+    stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """The bytes of a tensor that lies in several places: `runs` in order, or, `interleaved`, the
+    first range of each run, then the second of each. `again` are whole copies that must equal it.
+    """
+
+    runs: tuple[Run, ...]
+    interleaved: bool = False
+    again: tuple[tuple[Run, ...], ...] = ()
 
 
 @dataclass
@@ -65,7 +114,10 @@ class Model:
     """A checkpoint's modules and the rest. `layout` is the layout of most modules.
 
     `source_quantization` is the quantization_config of the AWQ checkpoint it came from;
-    `manifest` is None for a checkpoint that awqconv did not write.
+    `manifest` is None for a checkpoint that awqconv did not write. Where a folder holds shares of
+    tensor-parallel ranks, `modules` and `others` are those of the checkpoint it was made from,
+    `scattered` says of which pieces an expert of a module is made, `gathered` where the bytes of
+    another tensor lie.
     """
 
     checkpoint: Checkpoint
@@ -76,6 +128,21 @@ class Model:
     source_quantization: dict[str, Any]
     notes: list[str]
     manifest: dict[str, Any] | None = None
+    scattered: Mapping[str, tuple[Pieces, ...]] = field(default_factory=dict)
+    gathered: Mapping[str, Gathered] = field(default_factory=dict)
+
+    def pieces(self, module: Stored) -> tuple[Pieces, ...]:
+        """Of what pieces each expert of a module is made (one expert, where it is no stack)."""
+        if module.name in self.scattered:
+            return self.scattered[module.name]
+        rows, cols = (0, module.linear.K), (0, module.linear.N)
+        return tuple((Piece(module, rows, cols, expert=e),) for e in range(module.experts))
+
+    def bytes_of(self, info: TensorInfo) -> Gathered:
+        """Where the bytes of a tensor that belongs to no packed part lie."""
+        if info.name in self.gathered:
+            return self.gathered[info.name]
+        return Gathered((Run(info.file, info.start, info.nbytes),))
 
     @property
     def other_files(self) -> list[str]:
@@ -121,9 +188,28 @@ def open_model(model: str | os.PathLike[str] | Source) -> Model:
 
     Reads headers, index, config and manifest. Raises AwqconvError for anything that is not right.
     """
-    checkpoint = open_checkpoint(model)
+    source = Folder(model) if isinstance(model, str | os.PathLike) else model
+    try:
+        if MANIFEST in source.files() and read_manifest(source).get("form") == "sglang-sharded":
+            from awqconv.forms.gather import open_sharded
+
+            return open_sharded(source)
+        return _open(source)
+    except BaseException:
+        if source is not model:
+            source.close()
+        raise
+
+
+def _open(source: Source) -> Model:
+    checkpoint = open_checkpoint(source)
     if MANIFEST in checkpoint.files:
         return _converted(checkpoint)
+    return awq_model(checkpoint)
+
+
+def awq_model(checkpoint: Checkpoint) -> Model:
+    """The modules of an AutoAWQ GEMM checkpoint."""
     modules = {}
     for module in checkpoint.modules.values():
         tensors = {"qweight": module.qweight, "qzeros": module.qzeros, "scales": module.scales}

@@ -110,7 +110,7 @@ def open_checkpoint(model: str | os.PathLike[str] | Source) -> Checkpoint:
                 f"{shards[0]} is the only file of tensors; transformers looks for {SINGLE}."
             )
         if quant.method == "awq":
-            checkpoint.modules = _modules(checkpoint)
+            checkpoint.modules = find_modules(checkpoint)
             checkpoint.notes += _config_notes(checkpoint)
     except BaseException:
         if source is not model:
@@ -213,7 +213,7 @@ def _compare(index: dict[str, Any], tensors: dict[str, TensorInfo]) -> Iterator[
         yield f"{INDEX} has {said}; the tensors take {total} bytes."
 
 
-def _modules(checkpoint: Checkpoint) -> dict[str, Module]:
+def find_modules(checkpoint: Checkpoint) -> dict[str, Module]:
     """Every quantized module, in the order of `tensors`.
 
     Scales alone make none: AutoAWQ keeps those of scaled activations under the same name.

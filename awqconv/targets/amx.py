@@ -25,6 +25,12 @@ class Amx(Target):
         # The GEMM takes g // 128 blocks a group: other sizes above 128 read the wrong scales.
         Rule("g <= 128 or g % 128 == 0", "sgl-kernel gemm_int4.cpp int4_scaled_mm_cpu"),
     )
+    expert_rules = (
+        Rule("H % 32 == 0", SOURCE),
+        # Gate and up lie in one w13: its reader takes block i and block i + I / 32 together.
+        Rule("I % 32 == 0", "sgl-kernel fused_experts_cpu (INT4_W4A8)"),
+        *rules[1:],
+    )
     fallback = "bf16"
 
     def parts(self, linear: Linear) -> tuple[Part, ...]:

@@ -52,22 +52,36 @@ class Linear:
         return (self.K, self.N) if of in "qw" else (self.G, self.N)
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """The experts of one layer as a kernel sees them: y = (silu(x @ w1) * (x @ w3)) @ w2, E times.
+
+    w1 and w3 are [H, I], w2 is [I, H]: H hidden, I intermediate (of one rank), `g` group size.
+    """
+
+    H: int
+    I: int  # noqa: E741
+    g: int
+    E: int
+
+
 @dataclass(frozen=True)
 class Rule:
     """A condition a kernel sets, written as the expression it is checked by, and where it is from.
 
-    The expression sees K, N, g, G and kind.
+    The expression sees K, N, g, G and kind of a linear layer, or H, I, g and E of a mixture.
     """
 
     text: str
     source: str
 
-    def broken(self, linear: Linear) -> str | None:
+    def broken(self, layer: Linear | Mixture) -> str | None:
         """None where the rule holds, else the rule with the numbers seen."""
-        values = {"K": linear.K, "N": linear.N, "g": linear.g, "G": linear.G, "kind": linear.kind}
+        names = [*layer.__dataclass_fields__, *(("G",) if isinstance(layer, Linear) else ())]
+        values = {name: getattr(layer, name) for name in names}
         if eval(self.text, {"__builtins__": {}, "max": max, "min": min}, values):
             return None
-        seen = [f"{n} = {values[n]}" for n in values if re.search(rf"\b{n}\b", self.text)]
+        seen = [f"{n} = {values[n]}" for n in names if re.search(rf"\b{n}\b", self.text)]
         return f"{self.text} ({', '.join(seen)})"
 
 
@@ -122,7 +136,9 @@ class Target:
 
     `fallback` names the layout of a module that breaks a rule: "awq" keeps it as it is, "bf16"
     dequantizes it to a plain `weight` [N, K]; `lossy` layouts cannot be turned back, so the
-    original tensors are kept beside the converted ones.
+    original tensors are kept beside the converted ones. Engines decide for all experts of a layer
+    together, by `expert_rules`, and write them as `expert_fallback` if one is broken. None means
+    that each expert is asked `rules`, as other layers are, and that the fallback is theirs.
     """
 
     name: str
@@ -130,6 +146,8 @@ class Target:
     version: int = 1  # of the layout; raised whenever a byte of the output changes
     rules: tuple[Rule, ...] = ()
     fallback: str = "awq"
+    expert_rules: tuple[Rule, ...] | None = None
+    expert_fallback: str | None = None
     lossy: bool = False
     note: str = ""
 
@@ -158,9 +176,10 @@ class Target:
         """The `quantization_config` of the written config.json, from awqconv's own entries."""
         return common
 
-    def broken(self, linear: Linear) -> str | None:
+    def broken(self, layer: Linear | Mixture) -> str | None:
         """The first rule that the layer breaks, with numbers, or None if the kernels take it."""
-        return next((said for rule in self.rules if (said := rule.broken(linear))), None)
+        rules = self.rules if isinstance(layer, Linear) else self.expert_rules or ()
+        return next((said for rule in rules if (said := rule.broken(layer))), None)
 
     def __repr__(self) -> str:
         return f"<target {self.name}>"

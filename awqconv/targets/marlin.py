@@ -12,6 +12,8 @@ from awqconv.repack import layouts
 from awqconv.targets.base import Linear, Part, Rule, Target
 
 SOURCE = "marlin_utils.py check_marlin_supports_layer, verify_marlin_supports_shape"
+# The check also lets -1 pass; a mixture with it has no shape in the engine (H // -1 groups).
+EXPERTS = "marlin_utils.py check_moe_marlin_supports_layer"
 
 
 class Marlin(Target):
@@ -22,6 +24,12 @@ class Marlin(Target):
         Rule("N % 64 == 0", SOURCE),
         Rule("K % 128 == 0", SOURCE),
     )
+    expert_rules = (
+        Rule("g in (32, 64, 128)", EXPERTS),
+        Rule("H % 128 == 0", EXPERTS),
+        Rule("I % max(64, g) == 0", EXPERTS),
+    )
+    expert_fallback = "moe_wna16"
 
     def parts(self, linear: Linear) -> tuple[Part, ...]:
         # The kernel takes the one-group order wherever it is handed one row of scales.

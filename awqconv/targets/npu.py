@@ -18,6 +18,12 @@ class Npu(Target):
         Rule("g < K", "SGLang AWQAscendLinearKernel, the int4 path"),
         Rule("K <= 65535 and N <= 65535", "torch_npu npu_weight_quant_batchmatmul"),
     )
+    # The mixture kernel has no slow path in the engine and takes a single group too. Experts with
+    # other group sizes become plain weights here, all of a layer, for its unquantized mixture.
+    expert_rules = (
+        Rule("g % 32 == 0", "torch_npu npu_grouped_matmul, antiquant_scale"),
+        Rule("H <= 65535 and 2 * I <= 65535", "torch_npu npu_grouped_matmul"),
+    )
     fallback = "bf16"
 
     def parts(self, linear: Linear) -> tuple[Part, ...]:

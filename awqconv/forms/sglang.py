@@ -1,0 +1,518 @@
+"""The form sglang-sharded: for each tensor-parallel rank, every parameter as SGLang holds it after
+loading, so that `--load-format sharded_state` copies it in as it is.
+
+Names and shares come from `architectures`, layouts from the target, whose rules are asked of what
+one rank has: a shard with one group of scales has them in the one-group order, and what does not
+fit at this number of ranks takes the engine's fallback. Source: sglang 0.5.15,
+srt/model_loader/loader.py ShardedStateLoader (files and keys), srt/layers/linear.py,
+vocab_parallel_embedding.py, moe/fused_moe_triton/layer.py (shares).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
+
+from awqconv.checkpoint.header import DTYPE_BITS, TensorInfo
+from awqconv.checkpoint.model import Model, Piece, Pieces, Run, Stored
+from awqconv.errors import AwqconvError
+from awqconv.forms import hf
+from awqconv.forms.architectures import Entry, architecture
+from awqconv.forms.experts import ROLES, mixtures, split
+from awqconv.jobs import Copy, Job, Pack, Verdict, copied, unplaced
+from awqconv.targets.base import Linear, Mixture, Target, layout
+
+FILE = "model-rank-{rank}-part-{part}.safetensors"
+PADDING = 64  # vocab_parallel_embedding.py DEFAULT_VOCAB_PADDING_SIZE
+
+# The engine's names of dense parts, where they differ. Source: hardware_backend/*/quantization/
+# awq_kernels.py process_weights_after_loading.
+SUFFIXES: Mapping[str, Mapping[str, str]] = {
+    "marlin": {},
+    "npu": {"qweight": "weight", "qzeros": "zeros"},
+}
+UNKNOWN = {
+    "amx": "on a CPU the engine also packs float weights (lm_head, routers) in an order of its own",
+    "xpu": "the state of a running engine on this device has not been looked at",
+}
+
+Span = tuple[int, int]
+Tensors = Stored | TensorInfo
+
+
+@dataclass
+class Sharded:
+    """The jobs of each rank, originals of what those do not determine, and what became of what."""
+
+    ranks: list[list[Job]]
+    kept: list[Job] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Unit:
+    """A module of the engine: the stored modules, or plain weights, that it is made of, by part,
+    for experts by (number, role); and their biases."""
+
+    entry: Entry
+    name: str
+    layer: int | None
+    parts: dict[Any, Tensors] = field(default_factory=dict)
+    biases: dict[Any, TensorInfo] = field(default_factory=dict)
+
+
+def check_target(target: Target) -> None:
+    """Refuse a target whose parameters in the running engine are not known."""
+    if target.name not in SUFFIXES:
+        why = UNKNOWN.get(target.name, "no SGLang engine is known to hold its tensors")
+        raise AwqconvError(
+            f"the form sglang-sharded is not there for {target.name}: {why}",
+            fix=f"Use --form hf, or --target {' or '.join(SUFFIXES)}.",
+        )
+
+
+def shard(
+    model: Model,
+    sources: Mapping[str, Stored],
+    target: Target,
+    tp: int,
+    ranks: Sequence[int] | None = None,
+) -> Sharded:
+    """The jobs of `ranks` (all of `tp` if None) for a model in the default form.
+
+    Raises AwqconvError for an architecture that is not known, tensors that the engine's parameters
+    need and the checkpoint lacks, and sizes that the engine cannot share among so many ranks.
+    """
+    chosen = range(tp) if ranks is None else ranks
+    return _Sharder(model, sources, target, tp, chosen).run()
+
+
+class _Sharder:
+    def __init__(
+        self,
+        model: Model,
+        sources: Mapping[str, Stored],
+        target: Target,
+        tp: int,
+        ranks: Sequence[int],
+    ) -> None:
+        self.model, self.sources, self.target, self.tp = model, sources, target, tp
+        self.config = model.checkpoint.config
+        self.architecture = architecture(self.config)
+        self.ranks = ranks
+        self.out = Sharded([[] for _ in ranks])
+        self.tied = self.architecture.ties and bool(self.config.get("tie_word_embeddings"))
+        self.layers = self._number("num_hidden_layers")
+        self.heads = self._number("num_attention_heads")
+        self.kv_heads = self._number("num_key_value_heads", self.heads)
+        self.mixtures = {group.prefix: group for group in mixtures(sources)}
+        self.inner: dict[str, tuple[Entry, str]] = {}
+        self.outer: dict[str, tuple[Entry, str]] = {}
+        for entry in self.architecture.entries:
+            inside, path = entry.name.startswith("model.layers.#."), entry.name
+            path = path.removeprefix("model.layers.#.")
+            if entry.split == "experts":
+                self.inner[path] = entry, ""
+                continue
+            place, dot, leaf = path.rpartition(".")
+            for part in entry.parts or (leaf,):
+                (self.inner if inside else self.outer)[f"{place}{dot}{part}"] = entry, part
+
+    def _number(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key, default)
+        if not isinstance(value, int) or value < 1:
+            self._refuse(f"{key} is {value!r}", "config.json", "Correct it.")
+        return value
+
+    def _refuse(self, what: str, where: str, fix: str = "") -> NoReturn:
+        raise AwqconvError(what, where, fix or "Use another --tp, or --form hf, which has none.")
+
+    # --- which tensor belongs where
+
+    def run(self) -> Sharded:
+        """All units, in the order of their first tensor."""
+        units, dropped = self._units()
+        if self.tp > 1 and any(u.entry.split == "heads" for u in units.values()):
+            self._check_heads()
+        self._check_complete(units)
+        for unit in units.values():
+            self._check_biases(unit, dropped)
+            quantized = {isinstance(part, Stored) for part in unit.parts.values()}
+            if len(quantized) > 1:
+                some = next(p.name for p in unit.parts.values() if isinstance(p, TensorInfo))
+                self._refuse(f"its part {some} is not quantized, others are", unit.name)
+            self._check_skipped(unit, True in quantized)
+            if unit.entry.split == "experts":
+                (self._experts if True in quantized else self._plain_experts)(unit)
+            elif True in quantized:
+                self._linear(unit)
+            else:
+                self._plain(unit)
+            if unit.biases:
+                self._bias(unit)
+        self._keep(dropped)
+        return self.out
+
+    def _units(self) -> tuple[dict[str, _Unit], list[Tensors]]:
+        units: dict[str, _Unit] = {}
+        dropped: list[Tensors] = []
+        for item in self.model.items():
+            module, suffix = item.name, ""
+            if isinstance(item, TensorInfo):
+                module, _, suffix = item.name.rpartition(".")
+            found = self._place(units, module) if suffix in ("", "weight", "bias") else None
+            if not found:
+                dropped.append(self.sources[item.name] if isinstance(item, Stored) else item)
+                continue
+            unit, key = found
+            if isinstance(item, Stored):
+                unit.parts[key] = self.sources[item.name]
+                if item.bias:
+                    unit.biases[key] = item.bias
+            else:
+                (unit.biases if suffix == "bias" else unit.parts)[key] = item
+        return units, dropped
+
+    def _place(self, units: dict[str, _Unit], module: str) -> tuple[_Unit, Any] | None:
+        """The unit that a checkpoint's module is part of, and as which part."""
+        layer, key, rest = None, None, module
+        known = self.outer
+        if module.startswith("model.layers."):
+            number, _, rest = module.removeprefix("model.layers.").partition(".")
+            if not number.isdecimal() or int(number) >= self.layers:
+                return None
+            layer, known = int(number), self.inner
+            if expert := split(rest):
+                rest = expert[0]
+                key = (expert[1], ROLES.get(expert[2]))
+        if rest not in known or (self.tied and module == "lm_head"):
+            return None
+        entry, part = known[rest]
+        if entry.split == "experts" and (key is None or None in key):
+            return None
+        name = entry.name.replace("#", str(layer))
+        if self.tied and name == "model.embed_tokens":
+            # One parameter under two names: the loader knows it by the first in the alphabet.
+            name = "lm_head"
+        unit = units.setdefault(name, _Unit(entry, name, layer))
+        return unit, key if entry.split == "experts" else part
+
+    def _check_complete(self, units: Mapping[str, _Unit]) -> None:
+        """Refuse a checkpoint that lacks a parameter of the engine: its loader would."""
+        sparse = {u.layer for u in units.values() if u.entry.split == "experts"}
+        for entry in self.architecture.entries:
+            for layer in range(self.layers) if "#" in entry.name else (None,):
+                name = entry.name.replace("#", str(layer))
+                if (entry.only and (entry.only == "sparse") != (layer in sparse)) or (
+                    self.tied and name == "model.embed_tokens"
+                ):
+                    continue
+                unit = units.get(name)
+                wanted = set(entry.parts) if entry.split != "experts" else set()
+                missing = wanted - set(unit.parts) if unit else {name}
+                if unit is None or missing or not unit.parts:
+                    self._refuse(
+                        f"the engine has this module, the checkpoint lacks {sorted(missing)[0]}",
+                        name,
+                        "Download the model again, whole, or use --form hf.",
+                    )
+
+    def _check_heads(self) -> None:
+        for count, title in ((self.heads, "attention heads"), (self.kv_heads, "kv heads")):
+            if count % self.tp and (title[0] == "a" or self.tp % count):
+                self._refuse(f"{count} {title} cannot be shared by {self.tp} ranks", "config.json")
+
+    def _check_biases(self, unit: _Unit, dropped: list[Tensors]) -> None:
+        has = self.architecture.bias.get(unit.name.rpartition(".")[2])
+        if has is not None and has(self.config):
+            if len(unit.biases) != len(unit.parts):
+                self._refuse("the engine has a bias here, the checkpoint none", unit.name)
+        else:
+            dropped += unit.biases.values()
+            unit.biases.clear()
+
+    def _check_skipped(self, unit: _Unit, quantized: bool) -> None:
+        """Refuse what the engine takes as quantized and is not, or the reverse."""
+        kind = unit.entry.split
+        if kind == "vocab":
+            head = unit.name == "lm_head" and not self.tied and self.target.name == "marlin"
+            wanted = head and bool(self.model.source_quantization.get("lm_head"))
+        else:
+            wanted = kind != "all" and not self.model.quantization.skips(unit.name)
+        if wanted != quantized:
+            state = "quantized" if quantized else "not quantized"
+            self._refuse(
+                f"the checkpoint has it {state}; by its own tables and the config's "
+                "modules_to_not_convert and lm_head the engine takes it the other way, and cannot "
+                "load the checkpoint either",
+                unit.name,
+                "Correct the quantization_config in config.json.",
+            )
+
+    def _keep(self, dropped: list[Tensors]) -> None:
+        """Tensors without a place in the engine: kept beside, so that nothing is lost."""
+        for item in dropped:
+            info = item if isinstance(item, TensorInfo) else item.bias
+            if isinstance(item, Stored):
+                said = "the engine has no such module"
+                self.out.verdicts[item.name] = Verdict(item.name, item.linear, "awq", said)
+                self.out.kept += hf.originals(self.model, item)
+            if info:
+                output = unplaced(info.name, info.dtype, info.shape)
+                self.out.kept.append(copied(output, self.model.bytes_of(info), info.name, None))
+        if dropped:
+            self.out.notes.append(
+                f"{len(dropped)} tensors or modules that the engine does not load, the first "
+                f"{dropped[0].name}, are kept in awq-originals."
+            )
+
+    # --- shares
+
+    def _even(self, size: int, rank: int, what: str, unit: _Unit) -> Span:
+        if size % self.tp:
+            self._refuse(f"{what} = {size} cannot be shared by {self.tp} ranks", unit.name)
+        share = size // self.tp
+        return rank * share, (rank + 1) * share
+
+    def _share(self, unit: _Unit, index: int, K: int, N: int, rank: int) -> tuple[Span, Span]:
+        """Rows and columns of w [K, N] that a rank has of part `index` of a unit."""
+        rows, cols = (0, K), (0, N)
+        kind = unit.entry.split
+        if kind == "rows":
+            rows = self._even(K, rank, "K", unit)
+        elif kind == "heads" and index and self.tp > self.kv_heads:
+            head = rank // (self.tp // self.kv_heads)
+            cols = (head * N // self.kv_heads, (head + 1) * N // self.kv_heads)
+        elif kind in ("columns", "heads", "vocab"):
+            cols = self._even(N, rank, "N", unit)
+        return rows, cols
+
+    def _group(self, source: Linear, K: int, unit: _Unit) -> int:
+        """Group size of a rank's K rows: all of them where the source is channelwise."""
+        if source.g == source.K:
+            if K < source.K and not any("channelwise" in note for note in self.out.notes):
+                self.out.notes.append(
+                    "Channelwise weights: every rank has all scales. Engines that share them by "
+                    "rows make none of them (K / tp // K) and cannot load this."
+                )
+            return K
+        if K % source.g:
+            self._refuse(
+                f"K = {K} of a rank is no multiple of the group size {source.g}",
+                unit.name,
+            )
+        return source.g
+
+    # --- quantized modules
+
+    def _ordered(self, unit: _Unit) -> list[Stored]:
+        leaf = unit.name.rpartition(".")[2]
+        parts = [unit.parts[part] for part in unit.entry.parts or (leaf,)]
+        return [part for part in parts if isinstance(part, Stored)]
+
+    def _linear(self, unit: _Unit) -> None:
+        sources = self._ordered(unit)
+        first = sources[0].linear
+        for source in sources:
+            if source.experts > 1 or (source.linear.K, source.linear.g, source.linear.scales) != (
+                first.K, first.g, first.scales,
+            ):  # fmt: skip
+                self._refuse(f"{source.name} has another K, group size or scale dtype", unit.name)
+        if unit.entry.split == "vocab" and first.N % PADDING:
+            self._refuse(f"N = {first.N} of the head is no multiple of {PADDING}", unit.name)
+        for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
+            pieces: list[Piece] = []
+            N = 0
+            for index, source in enumerate(sources):
+                rows, cols = self._share(unit, index, source.linear.K, source.linear.N, rank)
+                if cols[0] % 8 or cols[1] % 8:
+                    self._refuse(
+                        f"columns {cols[0]} to {cols[1]} of {source.name} are no whole words of 8",
+                        unit.name,
+                    )
+                pieces.append(Piece(source, rows, cols, (0, N)))
+                N += cols[1] - cols[0]
+            K = rows[1] - rows[0]
+            linear = Linear(K, N, self._group(first, K, unit), first.scales)
+            rule = hf.broken(self.target, linear)
+            name = self.target.fallback if rule else self.target.name
+            suffixes = {} if rule else SUFFIXES.get(name, {})
+            jobs.append(self._pack(unit, name, linear, "", suffixes, (tuple(pieces),)))
+        self._decide(sources, name, rule)
+
+    def _pack(
+        self,
+        unit: _Unit,
+        name: str,
+        linear: Linear,
+        stem: str,
+        suffixes: Mapping[str, str],
+        experts: tuple[Pieces, ...],
+    ) -> Pack:
+        outputs = {
+            part.suffix: unplaced(
+                f"{unit.name}.{stem}{suffixes.get(part.suffix, part.suffix)}",
+                part.dtype,
+                (*((len(experts),) if stem else ()), *part.shape(linear)),
+            )
+            for part in layout(name).parts(linear)
+        }
+        return Pack(f"{unit.name}.{stem.rstrip('_')}".rstrip("."), name, linear, outputs, experts)
+
+    def _decide(self, sources: Sequence[Stored], name: str, rule: str | None) -> None:
+        for source in sources:
+            self.out.verdicts[source.name] = Verdict(source.name, source.linear, name, rule)
+            if layout(name).lossy:
+                self.out.kept += hf.originals(self.model, source)
+
+    def _numbers(self, unit: _Unit) -> int:
+        """How many experts; all must be there, from 0 on, each with its three projections."""
+        count = 1 + max(int(number) for number, _ in unit.parts)
+        wanted = {(e, role) for e in range(count) for role in ("gate", "up", "down")}
+        said = next((self.config[k] for k in ("num_local_experts", "num_experts")
+                     if k in self.config), count)  # fmt: skip
+        if set(unit.parts) != wanted or count != said:
+            self._refuse(f"{len(unit.parts)} projections of {count} experts, not 3 x {said}",
+                         unit.name)  # fmt: skip
+        if self.tp > count:
+            self._refuse(f"{count} experts are fewer than {self.tp} ranks", unit.name)
+        return count
+
+    def _experts(self, unit: _Unit) -> None:
+        count = self._numbers(unit)
+        group = self.mixtures[unit.name]
+        if group.mixture is None:
+            self._refuse(f"not {group.uneven}", unit.name)
+        whole = group.mixture
+        parts: dict[Any, Stored] = {k: p for k, p in unit.parts.items() if isinstance(p, Stored)}
+        scales = parts[0, "down"].linear.scales
+        for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
+            low, high = self._even(whole.I, rank, "I", unit)
+            mixture = replace(whole, I=high - low)
+            rule = hf.broken(self.target, mixture)
+            if rule and not self.target.expert_fallback:
+                self._refuse(f"{self.target.name} does not take the experts: {rule}", unit.name)
+            name = (self.target.expert_fallback or "") if rule else self.target.name
+            g = self._halved(mixture, unit) if name == "moe_wna16" else whole.g
+            if mixture.I % g or low % 8:
+                self._refuse(f"I = {mixture.I} of a rank is no multiple of {max(g, 8)}", unit.name)
+            w13 = Linear(whole.H, 2 * mixture.I, g, scales, kind="expert")
+            w2 = Linear(mixture.I, whole.H, g, scales, kind="expert")
+            rows, span = (0, whole.H), (low, high)
+            fused = tuple(
+                (
+                    Piece(parts[e, "gate"], rows, span),
+                    Piece(parts[e, "up"], rows, span, (0, mixture.I)),
+                )
+                for e in range(count)
+            )
+            down = tuple((Piece(parts[e, "down"], span, rows),) for e in range(count))
+            jobs.append(self._pack(unit, name, w13, "w13_", {}, fused))
+            jobs.append(self._pack(unit, name, w2, "w2_", {}, down))
+        self._decide([*parts.values()], name, rule)
+
+    def _halved(self, mixture: Mixture, unit: _Unit) -> int:
+        """The group size that moe_wna16 halves until it divides: MoeWNA16Method.create_weights."""
+        g = mixture.g
+        while mixture.I % g or mixture.H % g:
+            g //= 2
+            if g < 32:
+                self._refuse(
+                    f"H = {mixture.H} and I = {mixture.I} of a rank have no group size of 32 or "
+                    f"more that divides {mixture.g}",
+                    unit.name,
+                )
+        return g
+
+    # --- plain tensors
+
+    def _slice(self, info: TensorInfo, rows: Span, cols: Span | None = None) -> Run:
+        """Rows, and columns, of a plain tensor."""
+        width = info.nbytes // info.shape[0]
+        start = info.start + rows[0] * width
+        if cols is None or cols == (0, info.shape[1]):
+            return Run(info.file, start, (rows[1] - rows[0]) * width)
+        size = DTYPE_BITS[info.dtype] // 8
+        length = (cols[1] - cols[0]) * size
+        return Run(info.file, start + cols[0] * size, length, rows[1] - rows[0], width)
+
+    def _plain(self, unit: _Unit) -> None:
+        """A module of plain weights [N, K] (or [N])."""
+        leaf = unit.name.rpartition(".")[2]
+        infos = [
+            part
+            for key in unit.entry.parts or dict.fromkeys((leaf, "embed_tokens"))
+            if isinstance(part := unit.parts.get(key), TensorInfo)
+        ]
+        if len({(info.dtype, info.shape[1:]) for info in infos}) > 1:
+            self._refuse("its parts have other dtypes or widths", unit.name)
+        for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
+            jobs.append(self._fuse(f"{unit.name}.weight", unit, infos, rank))
+
+    def _fuse(self, name: str, unit: _Unit, infos: Sequence[TensorInfo], rank: int) -> Copy:
+        """A rank's share of plain tensors, one after another."""
+        runs: list[Run] = []
+        shape = list(infos[0].shape)
+        shape[0] = 0
+        for index, info in enumerate(infos):
+            if unit.entry.split == "vocab":
+                runs += self._vocabulary(unit, info, rank)
+                shape[0] = -(-info.shape[0] // PADDING) * PADDING // self.tp
+                continue
+            K = info.shape[1] if len(info.shape) > 1 else 1
+            if len(info.shape) == 1 and unit.entry.split == "rows":
+                rows, cols = (0, 1), (0, info.shape[0])  # a bias, which every rank has
+            else:
+                rows, cols = self._share(unit, index, K, info.shape[0], rank)
+            runs.append(self._slice(info, cols, rows if len(info.shape) > 1 else None))
+            shape[0] += cols[1] - cols[0]
+            if len(shape) > 1:
+                shape[1] = rows[1] - rows[0]
+        whole = infos[0].name if len(runs) == 1 and runs[0].length == infos[0].nbytes else None
+        output = unplaced(name, infos[0].dtype, tuple(shape))
+        return Copy(output, tuple(runs), whole=whole)
+
+    def _vocabulary(self, unit: _Unit, info: TensorInfo, rank: int) -> Iterator[Run]:
+        """A rank's rows of an embedding, then zeros: padded to 64, then shared."""
+        rows = info.shape[0]
+        if self._number("vocab_size") != rows:
+            self._refuse(f"{rows} rows, vocab_size is {self.config['vocab_size']}", info.name)
+        padded = -(-rows // PADDING) * PADDING
+        low, high = self._even(padded, rank, "padded rows", unit)
+        span = (min(low, rows), min(high, rows))
+        if span[1] > span[0]:
+            yield self._slice(info, span)
+        if span[1] - span[0] < high - low:
+            missing = high - low - (span[1] - span[0])
+            yield Run("", 0, missing * (info.nbytes // rows))
+
+    def _bias(self, unit: _Unit) -> None:
+        leaf = unit.name.rpartition(".")[2]
+        infos = [unit.biases[part] for part in unit.entry.parts or (leaf,)]
+        for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
+            jobs.append(self._fuse(f"{unit.name}.bias", unit, infos, rank))
+
+    def _plain_experts(self, unit: _Unit) -> None:
+        """Experts that are not quantized: w13_weight [E, 2I, H], w2_weight [E, H, I]."""
+        count = self._numbers(unit)
+        parts: dict[Any, TensorInfo] = {
+            k: p for k, p in unit.parts.items() if isinstance(p, TensorInfo)
+        }
+        first = parts[0, "gate"]
+        if {(p.dtype, sorted(p.shape)) == (first.dtype, sorted(first.shape))
+                for p in parts.values()} != {True}:  # fmt: skip
+            self._refuse("its experts have other dtypes or shapes", unit.name)
+        I, H = first.shape  # noqa: E741
+        for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
+            span = self._even(I, rank, "I", unit)
+            share = span[1] - span[0]
+            gate_up = [self._slice(parts[e, r], span) for e in range(count) for r in ("gate", "up")]
+            down = [self._slice(parts[e, "down"], (0, H), span) for e in range(count)]
+            for stem, shape, runs in (
+                ("w13", (count, 2 * share, H), gate_up),
+                ("w2", (count, H, share), down),
+            ):
+                output = unplaced(f"{unit.name}.{stem}_weight", first.dtype, shape)
+                jobs.append(Copy(output, tuple(runs)))
