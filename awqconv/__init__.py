@@ -17,12 +17,20 @@ from awqconv.errors import AwqconvError, VerificationError
 if TYPE_CHECKING:
     from awqconv.conversion import Conversion as Conversion
     from awqconv.conversion import convert as convert
+    from awqconv.hub.pull import PullResult as PullResult
+    from awqconv.hub.pull import pull as pull
+    from awqconv.hub.push import PushResult as PushResult
+    from awqconv.hub.push import push as push
     from awqconv.inspection import Inspection as Inspection
     from awqconv.inspection import inspect as inspect
     from awqconv.verification import Verification as Verification
     from awqconv.verification import verify as verify
 
 _LAZY = {
+    "pull": "hub.pull",
+    "PullResult": "hub.pull",
+    "push": "hub.push",
+    "PushResult": "hub.push",
     "convert": "conversion",
     "Conversion": "conversion",
     "inspect": "inspection",

@@ -6,6 +6,8 @@ import os
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -30,6 +32,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="One JSON value on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors.")]
 Jobs = Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Threads.")]
+Token = Annotated[
+    str | None, typer.Option("--token", help="Instead of HF_TOKEN or `hf auth login`.")
+]
 SHOWN = 12  # rows of a list that people read; --json has all
 
 
@@ -50,15 +55,16 @@ def _root(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or hf://REPO[@REV].")],
     target: Annotated[str | None, typer.Option("--target", "-t", help="Check for this.")] = None,
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is and what a target would make of it. Reads headers only."""
     console = _console(json_mode=json)
+    from awqconv.hub import open_source
     from awqconv.inspection import inspect as run
 
-    found = run(model, target=target)
+    found = run(open_source(model), target=target)
     console.emit(found)
     group = "channelwise" if found.group_size == -1 else found.group_size
     console.facts(
@@ -85,7 +91,7 @@ def inspect(
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="Folder with config.json and safetensors.")],
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or hf://REPO[@REV].")],
     dest: Annotated[
         Path | None, typer.Argument(help="Folder to write.", show_default="MODEL-TARGET")
     ] = None,
@@ -113,29 +119,29 @@ def convert(
     console = _console(json_mode=json, quiet=quiet)
     from awqconv.checkpoint.model import open_model
     from awqconv.conversion import check, default_dest, run
+    from awqconv.hub import PREFIX, local_name, open_source
     from awqconv.plan import make_plan
     from awqconv.targets import layout
 
     chosen = layout(target)
-    opened = open_model(model)
+    opened = open_model(open_source(model))
     plan = make_plan(
         opened, chosen, scale_dtype=scale_dtype, max_shard_size=max_shard_size, strict=strict
     )
-    path = dest or default_dest(model, target)
+    path = dest or default_dest(local_name(model), target)
     check(plan, path, overwrite=overwrite)
     _show_plan(console, plan, path)
     if dry_run:
         console.emit(_plan_facts(plan, path))
         return
-    try:
-        with console.progress("converting", plan.nbytes) as progress:
-            result = run(
-                plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
-            )
-    except KeyboardInterrupt:
-        again = shlex.join(["awqconv", *sys.argv[1:]])
-        console.hint(f"\nInterrupted; what is done is kept. To continue: {again}")
-        raise typer.Exit(130) from None
+    with (
+        _interruptible(console),
+        closing(opened.checkpoint.source),
+        console.progress("converting", plan.nbytes) as progress,
+    ):
+        result = run(
+            plan, path, overwrite=overwrite, jobs=jobs, max_memory=max_memory, progress=progress
+        )
     console.emit(result)
     if result.resumed:
         console.say(f"Continued an interrupted run: {result.resumed} jobs were already done.")
@@ -148,7 +154,8 @@ def convert(
         f"{result.converted} modules converted to {target}, {len(result.fallbacks)} on the "
         f"fallback, {result.unquantized} other tensors copied."
     )
-    console.say(f"Verify it: {shlex.join(['awqconv', 'verify', str(path), '--source', model])}")
+    source = [] if model.startswith(PREFIX) else ["--source", model]
+    console.say(f"Verify it: {shlex.join(['awqconv', 'verify', str(path), *source])}")
 
 
 @app.command()
@@ -242,6 +249,130 @@ def targets(json: Json = False) -> None:
         ("target", "read by", "takes", "fallback"),
         [(t.name, t.title, ", ".join(r.text for r in t.rules), t.fallback) for t in known()],
     )
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="Repository on the hub: REPO or REPO@REVISION.")],
+    *,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder to download to.", show_default="hub cache")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag, commit.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Only these globs.")
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", help="Not these globs.")] = None,
+    token: Token = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", help="Another hub cache than HF_HOME's.")
+    ] = None,
+    max_workers: Annotated[int, typer.Option("--max-workers", min=1, help="Files at a time.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and stop.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Download what is here too, into any folder.")
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Download an AWQ model from the Hugging Face Hub and check every file against its record."""
+    console = _console(json_mode=json, quiet=quiet)
+    from awqconv.hub.pull import prepare
+
+    prepared = prepare(
+        repo,
+        revision=revision,
+        to=to,
+        include=include or (),
+        exclude=exclude or (),
+        token=token,
+        cache_dir=cache_dir,
+        force=force,
+    )
+    plan = prepared.plan
+    console.facts(
+        [
+            ("from", f"{plan.repo} at {plan.commit}"),
+            ("to", plan.path),
+            ("files", f"{len(plan.files)} ({size(plan.nbytes)}), {len(plan.left_out)} left out"),
+            ("to download", size(plan.to_download)),
+        ]
+    )
+    if dry_run:
+        console.table(
+            (">bytes", "file", "here"),
+            [(size(f.size), f.name, "yes" if f.cached else "") for f in plan.files],
+        )
+        console.emit(plan.as_json())
+        return
+    with _interruptible(console), console.progress("downloading", plan.nbytes) as progress:
+        result = prepared.run(max_workers, progress)
+    console.emit(result.as_json())
+    for file in result.files:
+        if file.refetched:
+            console.say(f"note: {file.name} was corrupt and was fetched again", style="yellow")
+    unknown = sum(file.digest is None for file in result.files)
+    console.say(
+        f"{len(result.files) - unknown} files are what the hub records"
+        + (f", {unknown} have no record here" if unknown else "")
+        + f": {result.path}",
+        style="green",
+    )
+    console.say(f"Convert it: {shlex.join(['awqconv', 'convert', str(result.path)])} -t TARGET")
+
+
+@app.command()
+def push(
+    dest: Annotated[Path, typer.Argument(help="Folder that `awqconv convert` wrote.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the hub, made if need be.")],
+    *,
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Repository of the AWQ checkpoint.")
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option("--card", help="README.md to upload, instead of one made here.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    token: Token = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Verify a conversion and upload it to the Hugging Face Hub, with a model card."""
+    console = _console(json_mode=json, quiet=quiet)
+    from awqconv.hub.push import push as run
+
+    total = sum(f.stat().st_size for f in dest.glob("*.safetensors")) if dest.is_dir() else 0
+    with _interruptible(console), console.progress("verifying", total) as progress:
+        done = run(
+            dest,
+            repo,
+            private=private,
+            create_pr=create_pr,
+            base_model=base_model,
+            card=card,
+            message=message,
+            token=token,
+            progress=progress,
+        )
+    console.emit(done)
+    if done.card == "kept":
+        console.say("note: its README.md was edited by people and is left alone", style="yellow")
+    if not done.base_model:
+        console.say("note: the card names no base model; give --base-model", style="yellow")
+    console.say(f"{done.files} files ({size(done.nbytes)}) are at {done.url}", style="green")
+
+
+@contextmanager
+def _interruptible(console: Console) -> Iterator[None]:
+    """Ctrl-C says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        again = shlex.join(["awqconv", *sys.argv[1:]])
+        console.hint(f"\nInterrupted; what is done is kept. To continue: {again}")
+        raise typer.Exit(130) from None
 
 
 def _notes(console: Console, notes: list[str]) -> None:

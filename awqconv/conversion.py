@@ -33,6 +33,7 @@ from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
 from awqconv.feed import TILE, Reader
 from awqconv.forms.gather import source_specs
+from awqconv.hub import local_name, provenance
 from awqconv.plan import Copy, Job, Pack, Plan, Run, Verdict, make_plan, parse_size
 from awqconv.repack.floats import RAW, caster
 from awqconv.targets.base import layout
@@ -64,8 +65,11 @@ class Conversion:
 
 
 def default_dest(model: str | os.PathLike[str], target: str, form: str = "hf", tp: int = 1) -> Path:
-    """`<model>-<target>`, beside the model; `<model>-<target>-tp<n>` for shares of ranks."""
-    path = Path(os.path.abspath(model))
+    """`<model>-<target>`, beside the model; `<model>-<target>-tp<n>` for shares of ranks.
+
+    Of a model on the hub it is in the working folder.
+    """
+    path = Path(os.path.abspath(local_name(os.fspath(model))))
     return path.with_name(f"{path.name}-{target}" + (f"-tp{tp}" if form != "hf" else ""))
 
 
@@ -440,6 +444,7 @@ class _Executor:
                     for i in model.checkpoint.tensors.values()
                 ),
                 "quantization_config": model.source_quantization,
+                **provenance(self.source),
             }
         # A sharded folder is read back by applying the form to these names again.
         sharded = {"tp": plan.tp, "tensors": source_specs(model)} if plan.form != "hf" else {}

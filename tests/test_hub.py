@@ -894,3 +894,81 @@ def test_convert_from_a_repository(repo: Repo, files: dict[str, bytes], tmp_path
     for name in local.keys() - {"awqconv.json"}:
         assert local[name] == remote[name], name
     assert verify(tmp_path / "remote", source=tmp_path / "model").ok
+
+
+# --- the command line
+
+
+def cli(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one run."""
+    from awqconv.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["awqconv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+def test_the_whole_way_by_command(
+    repo: Repo,
+    hub: HubServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    commit = repo.refs["main"]
+    code, out, _ = cli(capsys, "pull", "org/model", "--to", "model", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["to_download"] == json.loads(out)["nbytes"]
+    code, out, _ = cli(capsys, "pull", "org/model", "--to", "model")
+    assert code == 0
+    assert "9 files are what the hub records" in out
+    assert "awqconv convert model" in out
+    code, out, _ = cli(capsys, "pull", "org/model", "--to", "model", "--quiet")
+    assert (code, out) == (0, "")
+
+    hub.log.clear()
+    code, out, _ = cli(capsys, "inspect", "hf://org/model", "--target", "marlin", "--json")
+    assert code == 0
+    assert json.loads(out)["quantized"] == 3
+    code, out, _ = cli(capsys, "convert", "hf://org/model", "--target", "marlin", "--dry-run")
+    assert code == 0
+    assert not [line for line in hub.log if "/cdn/" in line and "bytes=" not in line]
+
+    code, out, _ = cli(capsys, "convert", "hf://org/model", "--target", "marlin")
+    assert code == 0
+    source = json.loads((tmp_path / "model-marlin" / "awqconv.json").read_text())["source"]
+    assert (source["repository"], source["commit"]) == ("org/model", commit)
+    assert source["files"][SHARD] == f"sha256:{sha256(repo.files[SHARD])}"
+    code, out, _ = cli(capsys, "verify", "model-marlin", "--source", "model")
+    assert code == 0
+
+    code, out, _ = cli(capsys, "push", "model-marlin", "owner/m", "--token", "hf_owner", "--json")
+    assert code == 0
+    assert json.loads(out)["base_model"] == "org/model"
+    card = hub.repos["owner/m"].files["README.md"].decode()
+    assert "base_model: org/model" in card
+    assert commit in card
+    code, out, err = cli(capsys, "pull", "org/none", "--json")
+    assert code == 2
+    assert "hf auth login" in json.loads(out)["error"]["fix"]
+    assert "error:" in err
+    hub.faults.append(Fault("wrong", W, FOREVER, at=-1))
+    code, _, err = cli(capsys, "pull", "org/model", "--to", "other")
+    assert code == 1
+    assert "sha256:" in err
+
+
+def test_a_cached_model_is_converted_into_the_working_folder(
+    repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pull("org/model", cache_dir=tmp_path / "cache").path
+    monkeypatch.chdir(tmp_path)
+    done = convert(path, target="marlin")
+    assert Path(done.dest).name == "model-marlin"
+    source = json.loads((tmp_path / "model-marlin" / "awqconv.json").read_text())["source"]
+    assert source["repository"] == "org/model"
+    assert source["files"][SHARD] == f"sha256:{sha256(repo.files[SHARD])}"

@@ -12,7 +12,7 @@ from typing import Any
 
 from awqconv.checkpoint.config import QuantConfig, quant_config, read_config, read_json
 from awqconv.checkpoint.header import TensorInfo, read_header
-from awqconv.checkpoint.source import Folder, Source
+from awqconv.checkpoint.source import Source
 from awqconv.checkpoint.strict import shown
 from awqconv.errors import AwqconvError
 
@@ -80,14 +80,16 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | os.PathLike[str] | Source) -> Checkpoint:
-    """Reads config, index and headers of a folder or another source, and checks them.
+    """Reads config, index and headers of a folder, of hf://REPO[@REVISION] or another source.
 
     Raises AwqconvError for whatever does not hold together. Two disagreements between config and
     headers are notes instead, because the headers alone decide what the bytes mean: a module
     with another group size than the config's, and a quantized module that modules_to_not_convert
     names.
     """
-    source = Folder(model) if isinstance(model, str | os.PathLike) else model
+    from awqconv.hub import open_source
+
+    source = open_source(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
     try:
         config = read_config(source)
         quant = quant_config(config, source)

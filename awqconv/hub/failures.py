@@ -22,6 +22,10 @@ class CutShortError(VerificationError):
     """A file ended early, by the server's own account of its length."""
 
 
+class StoppedError(Exception):
+    """The run is over: a download that is still under way ends."""
+
+
 class NoRangesError(AwqconvError):
     """The server sends whole files only."""
 

@@ -15,7 +15,7 @@ from awqconv.checkpoint.reader import open_checkpoint
 from awqconv.checkpoint.source import Folder
 from awqconv.checkpoint.strict import shown
 from awqconv.errors import AwqconvError, VerificationError
-from awqconv.hub.failures import CutShortError, NoRangesError, explained
+from awqconv.hub.failures import CutShortError, NoRangesError, StoppedError, explained
 from awqconv.hub.repository import RemoteFile, Repository, split_name
 from awqconv.hub.source import HubSource
 
@@ -182,6 +182,7 @@ class Pull:
         self.remote, self.wanted, self.target = remote, wanted, target
         self.cache, self.force = cache, force
         self._progress: Progress | None = None
+        self._stop = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -202,6 +203,7 @@ class Pull:
             try:
                 files = [job.result() for job in as_completed(jobs)]
             except BaseException:
+                self._stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if self.target is None:
@@ -279,7 +281,7 @@ class Pull:
             folder=self.target,
             cache=self.cache,
             force=force,
-            count=counted if self._progress else None,
+            count=counted,
         )
         expected = self.folder() / file.name
         if not expected.exists() or not path.samefile(expected):
@@ -302,6 +304,8 @@ class Pull:
 
         def count(n: int) -> int:
             nonlocal mine
+            if self._stop.is_set():
+                raise StoppedError
             with self._lock:
                 mine += n
                 if n and self._progress:

@@ -31,7 +31,10 @@ _MARK = re.compile(r"\n<!-- awqconv card ([0-9a-f]{16}) -->\n$")
 
 @dataclass(frozen=True)
 class PushResult:
-    """Where it went. `card`: written, given (by the caller), or kept (the repository's own)."""
+    """Where it went. `card`: written, given (by the caller), or kept (the repository's own).
+
+    `base_model` is what a written card names, if the manifest or the caller knows.
+    """
 
     url: str
     repo: str
@@ -39,6 +42,7 @@ class PushResult:
     files: int
     nbytes: int
     card: str
+    base_model: str | None
 
 
 def push(
@@ -90,6 +94,7 @@ def push(
                 repo,
                 f"Name another, or make it private: hf repos settings {repo} --private",
             )
+    base_model = base_model or opened.manifest["source"].get("repository")
     kept = card is None and _has_own_card(repo, token)
     content: dict[str, str | bytes] = {name: str(folder.path / name) for name in files}
     if card is not None:
@@ -122,6 +127,7 @@ def push(
         files=len(content),
         nbytes=sum(files.values()),
         card="given" if card is not None else "kept" if kept else "written",
+        base_model=base_model,
     )
 
 
@@ -170,20 +176,19 @@ def model_card(
     from awqconv.targets import layout
 
     target, source = layout(manifest["target"]), manifest["source"]
-    origin = base_model or source.get("repository")
     form, tp = manifest.get("form", "hf"), manifest.get("tp", 1)
     commands = launch_command(target.name, repo, form, tp)
     inherited = (metadata_load(source_card) if source_card else None) or {}
     data = ModelCardData(
-        base_model=origin,
-        base_model_relation="quantized" if origin else None,
+        base_model=base_model,
+        base_model_relation="quantized" if base_model else None,
         library_name="transformers" if target.name in OWN else "awqconv",
         tags=["awqconv", "awq", "4-bit", target.name, *(name.lower() for name, _ in commands)],
         **{key: inherited[key] for key in INHERITED if key in inherited},
     )
     layouts = Counter(module["layout"] for module in manifest["modules"].values())
     others = ", ".join(f"{n} in {name}" for name, n in layouts.items() if name != target.name)
-    link = f"[{origin}]({constants.ENDPOINT}/{origin})" if origin else source["name"]
+    link = f"[{base_model}]({constants.ENDPOINT}/{base_model})" if base_model else source["name"]
     exact = sum(module.exact for module in verified.modules)
     rows = {
         "source": link + (f" at commit `{source['commit']}`" if source.get("commit") else ""),
@@ -191,7 +196,7 @@ def model_card(
         "modules": f"{layouts[target.name]} of {layouts.total()} in this layout"
         + (f"; {others}" if others else ""),
         "form": form + (f", {tp} tensor parallel ranks" if tp > 1 else ""),
-        "scales": manifest["scale_dtype"],
+        "scales": scales if (scales := manifest["scale_dtype"]) != "keep" else "as in the source",
         "made by": f"awqconv {manifest['awqconv']}",
     }
     checks = [

@@ -17,9 +17,9 @@ from awqconv.checkpoint.reader import INDEX, SINGLE
 from awqconv.checkpoint.source import MAX_FILES
 from awqconv.checkpoint.strict import parse_json, shown
 from awqconv.errors import AwqconvError, VerificationError
+from awqconv.hub import PREFIX
 from awqconv.hub.failures import CutShortError, NoRangesError, explained, retried
 
-PREFIX = "hf://"
 CLIENT: dict[str, Any] = {"library_name": "awqconv", "library_version": __version__}
 WHOLE = 1 << 26  # files up to this size that are no weights are read into memory whole
 
@@ -217,12 +217,12 @@ class Repository:
         folder: Path | None,
         cache: Path | None = None,
         force: bool = False,
-        count: Callable[[int], object] | None = None,
+        count: Callable[[int], object],
     ) -> Path:
         """A whole file in `folder`, or else in the hub cache. Its content is not checked here.
 
         `count` takes the numbers of bytes as they come, negative where some are fetched again;
-        without it the client shows its own progress bar.
+        what it raises ends the download.
         """
         from huggingface_hub import hf_hub_download
 
@@ -235,7 +235,7 @@ class Repository:
                 cache_dir=cache,
                 token=self.token,
                 force_download=force,
-                tqdm_class=_bar(count) if count else None,
+                tqdm_class=_bar(count),
                 **CLIENT,
             )
             return Path(path)

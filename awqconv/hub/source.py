@@ -21,8 +21,9 @@ from typing import Any
 
 from awqconv.checkpoint.strict import shown
 from awqconv.errors import AwqconvError, VerificationError
-from awqconv.hub.failures import CutShortError
-from awqconv.hub.repository import PREFIX, WHOLE, RemoteFile, Repository
+from awqconv.hub import PREFIX
+from awqconv.hub.failures import CutShortError, StoppedError
+from awqconv.hub.repository import WHOLE, RemoteFile, Repository
 
 BLOCK = 1 << 16  # bytes of the first request of a header, and the unit of what is kept
 KEEP = 3  # shards in the spool: the one before, the one in use, the next
@@ -75,6 +76,7 @@ class HubSource:
         self._blocks: dict[str, dict[int, bytes]] = {}
         self._shards: OrderedDict[str, Future[_Shard]] = OrderedDict()
         self._pool: ThreadPoolExecutor | None = None
+        self._stop = threading.Event()
         self.downloads: list[str] = []
 
     @cached_property
@@ -141,8 +143,9 @@ class HubSource:
             self._shard(file).result().readinto(start, view)
 
     def close(self) -> None:
-        """Drops all shards, and the folder they came through."""
+        """Drops all shards, those on their way too, and the folder they came through."""
         with self._lock:
+            self._stop.set()
             pool, self._pool = self._pool, None
             for shard in self._shards.values():
                 shard.cancel()
@@ -175,15 +178,18 @@ class HubSource:
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(2, thread_name_prefix="awqconv-hub")
+                self._stop = threading.Event()
             for name in (*self._after.get(file, ()), file):
                 if name not in self._shards:
-                    self._shards[name] = self._pool.submit(self._download, self.wanted[name])
+                    self._shards[name] = self._pool.submit(
+                        self._download, self.wanted[name], self._stop
+                    )
                 self._shards.move_to_end(name)
             while len(self._shards) > max(2, self._keep):
                 self._shards.popitem(last=False)
             return self._shards[file]
 
-    def _download(self, remote: RemoteFile) -> _Shard:
+    def _download(self, remote: RemoteFile, stop: threading.Event) -> _Shard:
         """A whole file: from the hub cache if it is there and right, else through the spool."""
         from huggingface_hub import try_to_load_from_cache
 
@@ -193,11 +199,16 @@ class HubSource:
         )
         if isinstance(cached, str) and (shard := self._checked(remote, Path(cached))):
             return shard
+
+        def count(nbytes: int) -> None:
+            if stop.is_set():
+                raise StoppedError
+
         for again in (False, True):
             self.downloads.append(remote.name)
             try:
                 path = self.repository.download(
-                    remote.name, folder=self._spool_folder(), force=True, count=lambda n: None
+                    remote.name, folder=self._spool_folder(), force=True, count=count
                 )
             except CutShortError:
                 if again:
