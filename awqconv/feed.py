@@ -14,6 +14,7 @@ from awqconv.checkpoint.model import Stored
 from awqconv.checkpoint.source import Source
 from awqconv.digest import Hasher
 from awqconv.repack.axes import Layout
+from awqconv.repack.engine import aligned
 
 Bytes = NDArray[np.uint8]
 TILE = 2 << 20  # bytes that are handled at a time
@@ -28,7 +29,7 @@ class Arena(threading.local):
     def take(self, use: str, size: int) -> Bytes:
         buffer = self.buffers.get(use)
         if buffer is None or buffer.size < size:
-            buffer = self.buffers[use] = np.empty(size, np.uint8)
+            buffer = self.buffers[use] = aligned(size)
         return buffer[:size]
 
 

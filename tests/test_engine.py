@@ -204,17 +204,17 @@ def test_round_trip() -> None:
         np.testing.assert_array_equal(back, original)
 
 
-@pytest.mark.parametrize(("rows", "row_bytes", "words"), [
-    (1, 4, 1), (17, 60, 15), (128, 256, 64), (100, 512, 33), (4369, 12, 2), (16, 1792, 448),
-])  # fmt: skip
-def test_nibble_sums(rows: int, row_bytes: int, words: int) -> None:
-    size = (rows - 1) * row_bytes + 4 * words
-    src = np.random.default_rng(rows).integers(0, 256, size + 3, dtype=np.uint8)
+@pytest.mark.parametrize(
+    ("blocks", "rows", "gap"), [(1, 1, 0), (3, 17, 4), (5, 32, 128), (2, 100, 1), (1, 4369, 0)]
+)
+def test_nibble_sums(blocks: int, rows: int, gap: int) -> None:
+    apart = 64 * rows + gap
+    src = np.random.default_rng(rows).integers(0, 256, 3 + blocks * apart, dtype=np.uint8)
     for buffer in (src, np.full_like(src, 255)):
-        out = np.full(8 * words, 9, np.uint16)
-        engine.nibble_sums(buffer[3:], rows, row_bytes, out)
-        lines = np.stack([buffer[3 + i * row_bytes :][: 4 * words] for i in range(rows)])
-        np.testing.assert_array_equal(out, reference.unpack_nibbles(lines).sum(0))
+        out = np.full((blocks, 128), 9, np.uint16)
+        engine.nibble_sums(buffer[3:], apart, rows, out)
+        lines = buffer[3:].reshape(blocks, apart)[:, : 64 * rows].reshape(blocks, rows, 64)
+        np.testing.assert_array_equal(out, reference.unpack_nibbles(lines).sum(1))
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,9 +278,15 @@ def test_refuses(bad: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "rows", "row_bytes", "out"),
-    [(64, 0, 8, 16), (64, 9, 8, 16), (1 << 16, 4370, 8, 16), (64, 2, 8, 17), (64, 2, 4, 16)],
+    ("size", "apart", "rows", "out"),
+    [
+        (128, 64, 0, (1, 128)),
+        (128, 64, 2, (1, 128)),
+        (1 << 19, 1 << 19, 4370, (1, 128)),
+        (127, 64, 1, (2, 128)),
+        (128, 64, 1, (2, 64)),
+    ],
 )
-def test_sums_refuses(size: int, rows: int, row_bytes: int, out: int) -> None:
+def test_sums_refuses(size: int, apart: int, rows: int, out: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"."):
-        engine.nibble_sums(np.zeros(size, np.uint8), rows, row_bytes, np.zeros(out, np.uint16))
+        engine.nibble_sums(np.zeros(size, np.uint8), apart, rows, np.zeros(out, np.uint16))

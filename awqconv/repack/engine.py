@@ -128,29 +128,30 @@ def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: 
             _run(moves[1], _scratch(), target + at_b)
 
 
-def nibble_sums(src: Bytes, rows: int, row_bytes: int, out: NDArray[np.uint16]) -> None:
-    """Sum every nibble over rows: out[2i], out[2i+1] for the lower and upper nibbles of byte i.
+def nibble_sums(src: Bytes, apart: int, rows: int, out: NDArray[np.uint16]) -> None:
+    """Sum every nibble over rows of 64 bytes: out[b, 2i] and out[b, 2i+1] for byte i's two halves.
 
-    `src` is contiguous uint8 with a row every `row_bytes` bytes; `out` is contiguous uint16 [n],
-    for the first n/2 bytes of each row. 1..4369 rows: what keeps a sum in uint16.
+    `src` is contiguous uint8 with a block of `rows` rows every `apart` bytes; `out` is contiguous
+    uint16 [blocks, 128]. 1..4369 rows: what keeps a sum in uint16.
 
     Raises ValueError for arguments that are not so, before anything is written.
     """
     _check("src", src, np.uint8)
-    _check("out", out, np.uint16)
-    width = out.size // 2
-    if out.size % 2 or not 0 < rows <= 65535 // 15 or not out.flags.writeable:
-        raise ValueError(f"no sums of {rows} rows into {out.size} numbers")
-    if row_bytes < width or (rows - 1) * row_bytes + width > src.size:
-        raise ValueError(f"{rows} rows of {width} bytes every {row_bytes} leave src, {src.size}")
+    _check("out", out.reshape(-1), np.uint16)
+    blocks = out.size // (2 * _LINE)
+    if out.shape != (blocks, 2 * _LINE) or not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError(f"sums of {out.shape}, not of [blocks, {2 * _LINE}]")
+    if not 0 < rows <= 65535 // 15 or apart < rows * _LINE:
+        raise ValueError(f"no blocks of {rows} rows every {apart} bytes")
+    if (blocks - 1) * apart + rows * _LINE > src.size:
+        raise ValueError(f"{blocks} blocks every {apart} bytes leave src, {src.size}")
     out[:] = 0
-    lines, full = width // _LINE, rows // _BURST
-    for size, at, times in ((_LINE, 0, lines), (1, lines * _LINE, width % _LINE)):
-        for row, bursts, height in ((0, full, _BURST), (full * _BURST, 1, rows % _BURST)):
-            if times and bursts and height:
-                params = np.array([bursts, times, height, row_bytes], np.int64)
-                begin = src.ctypes.data + row * row_bytes + at
-                _function(size)(begin, out.ctypes.data + 4 * at, params.ctypes.data)
+    full = rows // _BURST
+    for row, bursts, height in ((0, full, _BURST), (full * _BURST, 1, rows % _BURST)):
+        if blocks and bursts and height:
+            params = np.array([bursts, blocks, height, apart], np.int64)
+            begin = src.ctypes.data + row * _LINE
+            _function(None)(begin, out.ctypes.data, params.ctypes.data)
 
 
 def aligned(size: int) -> Bytes:
@@ -341,7 +342,7 @@ def _scatter(src: Bytes, a: Layout, dst: Bytes, b: Layout, bits: int, xor: int) 
 # Running: functions by what they are compiled for, and a buffer for X in each thread.
 
 _lock = threading.Lock()
-_functions: dict[Tile | int, Any] = {}
+_functions: dict[Tile | None, Any] = {}
 _local = threading.local()
 
 
@@ -349,12 +350,12 @@ def _run(move: Move, source: int, target: int) -> None:
     _function(move.tile)(source, target, move.params.ctypes.data)
 
 
-def _function(key: Tile | int) -> Any:
-    """The compiled function of a tile, or of sums by so many bytes."""
+def _function(key: Tile | None) -> Any:
+    """The compiled function of a tile, or of the nibble sums."""
     if key not in _functions:
         with _lock:
             if key not in _functions:
-                _functions[key] = _compile(_tile(key) if isinstance(key, Tile) else _sums(key))
+                _functions[key] = _compile(_tile(key) if key else _sums())
     return _functions[key]
 
 
@@ -557,25 +558,26 @@ def _tile(tile: Tile) -> str:
     return str(code.module)
 
 
-def _sums(size: int) -> str:
-    """The function that adds bursts of rows, `size` bytes at a time, to uint16 sums of nibbles."""
+def _sums() -> str:
+    """The function that adds bursts of 64-byte rows of each block to uint16 sums of nibbles."""
     code = _Code()
-    bursts, width, height, row_bytes = (code.param() for _ in range(4))
-    kind = code.ir.VectorType(code.i8, size)
+    bursts, blocks, height, apart = (code.param() for _ in range(4))
+    kind = code.ir.VectorType(code.i8, _LINE)
     sums = [code.b.alloca(kind), code.b.alloca(kind)]
-    wide = code.ir.VectorType(code.ir.IntType(16), 2 * size)
-    spread = [half * size + i for i in range(size) for half in (0, 1)]
-    with code.loop(bursts) as burst, code.loop(width) as column:
-        start = code.at(code.src, burst, code.b.mul(height, row_bytes))
-        start = code.at(start, column, code.i64(size))
+    wide = code.ir.VectorType(code.ir.IntType(16), 2 * _LINE)
+    spread = [half * _LINE + i for i in range(_LINE) for half in (0, 1)]
+    line = code.i64(_LINE)
+    with code.loop(blocks) as block, code.loop(bursts) as burst:
+        start = code.at(code.src, burst, code.b.mul(height, line))
+        start = code.at(start, block, apart)
         for total in sums:
-            code.b.store(kind([0] * size), total)
+            code.b.store(kind([0] * _LINE), total)
         with code.loop(height) as row:
-            x = code.load(code.at(start, row, row_bytes), size)
+            x = code.load(code.at(start, row, line), _LINE)
             for total, shift in zip(sums, (0, -4), strict=True):
                 code.b.store(code.b.add(code.b.load(total), code.nibbles(x, 0x0F, shift)), total)
         both = code.shuffle(code.b.load(sums[0]), code.b.load(sums[1]), spread)
-        to = code.at(code.dst, column, code.i64(4 * size))
-        code.store(code.b.add(code.load(to, 2 * size, 16), code.b.zext(both, wide)), to)
+        to = code.at(code.dst, block, code.i64(4 * _LINE))
+        code.store(code.b.add(code.load(to, 2 * _LINE, 16), code.b.zext(both, wide)), to)
     code.b.ret_void()
     return str(code.module)

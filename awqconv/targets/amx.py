@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from awqconv.repack import layouts
+from awqconv.repack.engine import nibble_sums
 from awqconv.targets.base import Linear, Part, Rule, Target
 
 SOURCE = "sgl-kernel gemm_int4.cpp convert_weight_packed_scale_zp"
@@ -51,10 +52,11 @@ class Amx(Target):
         rows = rows.reshape(-1, linear.K // block, 16 * block + 128)
         # A block is block / 4 lines of 64 bytes (pair 2, column 8, k 4), a column's two halves in
         # one byte: lines are added up, then the four k of a line.
-        lines = rows[..., : 16 * block].reshape(*rows.shape[:2], block // 4, 64)
-        sums = np.stack(((lines & 15).sum(2, np.int32), (lines >> 4).sum(2, np.int32)), -1)
-        halves = sums.reshape(*rows.shape[:2], 2, 8, 4, 2).sum(4)
-        columns = halves.transpose(0, 1, 2, 4, 3).reshape(*rows.shape[:2], 32)
+        sums = np.empty((rows.shape[0] * rows.shape[1], 128), np.uint16)
+        nibble_sums(rows.reshape(-1), rows.shape[2], block // 4, sums)
+        four = sums.reshape(-1, 16, 4, 2)
+        halves = (four[:, :, 0] + four[:, :, 1]) + (four[:, :, 2] + four[:, :, 3])
+        columns = halves.reshape(-1, 2, 8, 2).swapaxes(2, 3).reshape(*rows.shape[:2], 32)
         zeros = z.reshape(linear.G, -1, 32).transpose(1, 0, 2).astype(np.int32) * block
         comp = columns - np.repeat(zeros, linear.g // block, axis=1)
         rows[..., 16 * block :] = comp.astype("<i4").view(np.uint8)
