@@ -69,12 +69,13 @@ def _host(packed: Packed, target: Target, linear: Linear) -> Multiply:
     from awqconv.kernels.cpu import quantize_rows
 
     weight = _weight(packed, target, linear)
+    int8 = any(part.pattern.pad for part in target.parts(linear))
 
     def multiply(x: Tensor) -> Tensor:
         rows = x.detach().float().contiguous().numpy()
         if len(rows) < DENSE_ROWS:
             return torch.from_numpy(weight.gemm(rows, torch.get_num_threads())).to(x.dtype)
-        if weight.padded:  # W4A8: the activations are those the layout's own kernel multiplies
+        if int8:  # W4A8: the activations are those the layout's own kernel multiplies
             integers, alpha = quantize_rows(rows)
             rows = (integers - 128) * alpha[:, None]
         return (torch.from_numpy(rows) @ torch.from_numpy(weight.dequantize())).to(x.dtype)
