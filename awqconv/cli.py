@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -305,7 +305,8 @@ def pull(
         )
         console.emit(plan.as_json())
         return
-    with _interruptible(console), console.progress("downloading", plan.nbytes) as progress:
+    shown = console.progress("downloading", plan.nbytes) if prepared.bars else nullcontext()
+    with _interruptible(console), shown as progress:
         result = prepared.run(max_workers, progress)
     console.emit(result.as_json())
     for file in result.files:

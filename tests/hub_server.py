@@ -357,7 +357,11 @@ class Handler(BaseHTTPRequestHandler):
             if name in hub.repos:
                 told = {"error": "You already created this model repo", "url": f"{hub.url}/{name}"}
                 return self.answer(409, json.dumps(told).encode())
-            hub.add(name, {".gitattributes": b""}, private=sent.get("visibility") == "private")
+            hub.add(
+                name,
+                {".gitattributes": b""},
+                private=sent.get("visibility") == "private" or sent.get("private", False),
+            )
             return self.json({"url": f"{hub.url}/{name}", "name": name})
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
             if (repo := self.repo(found[1])) is None:

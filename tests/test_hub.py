@@ -1,11 +1,14 @@
 """The hub over real HTTP: nothing wrong is ever kept, and every refusal says what to do."""
 
+import _thread
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -29,6 +32,7 @@ from awqconv.hub.source import HubSource
 
 SHARD = "model-00002-of-00003.safetensors"
 FOREVER = 10**6
+COUNTS: Counter[str] = Counter()
 _sleep = time.sleep
 
 
@@ -350,20 +354,67 @@ def test_faults_while_pulling(
 def test_faults_while_streaming(
     hub: HubServer, repo: Repo, files: dict[str, bytes], fault: Fault, outcome: str
 ) -> None:
-    """Headers by range, then every tensor byte: what comes is right, or nothing comes."""
     hub.faults.append(fault := replace(fault))
     try:
-        with closing(HubSource("org/model")) as source:
-            open_checkpoint(source)
-            for name, size in source.files().items():
-                buffer = bytearray(size)
-                source.readinto(name, 0, memoryview(buffer))
-                assert buffer == files[name]
+        read_through(files)
         ended = RECOVERED
     except AwqconvError as error:
         told(error)
         ended = REFUSED
     assert ended == outcome
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("AWQCONV_HUB_FAULTS", "30"))))
+def test_random_faults(
+    hub: HubServer, repo: Repo, files: dict[str, bytes], tmp_path: Path, seed: int
+) -> None:
+    """Several faults in one download, at random bytes. AWQCONV_HUB_FAULTS=1000 for a long run."""
+    rng = random.Random(seed)
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.choice(
+            ["refuse", "drop", "reset", "wrong", "short", "status", "other-range", "other-etag"]
+        )
+        where, times = rng.choice([INFO, C, H, W, "json", "resolve", ""]), rng.choice([1, 1, 2, 5])
+        at, status = rng.randrange(140_000), rng.choice([408, 429, 500, 502, 503, 504])
+        hub.faults.append(Fault(kind, where, times, at, status=status))
+    right, target = {name: files[name] for name in NEEDED}, tmp_path / "model"
+    try:
+        if seed % 2:
+            read_through(files)
+        else:
+            pull("org/model", to=target)
+            assert kept(target) == right
+        ended = RECOVERED
+    except AwqconvError as error:
+        told(error)
+        ended = REFUSED
+    assert kept(target).items() <= right.items()
+    COUNTS[ended] += 1
+    COUNTS["faults"] += sum(fault.hits for fault in hub.faults)
+    hub.faults.clear()
+    assert kept(pull("org/model", to=target).path) == right
+    if os.environ.get("AWQCONV_HUB_FAULTS") == str(seed + 1):
+        print(dict(COUNTS))  # noqa: T201
+
+
+def read_through(files: dict[str, bytes]) -> None:
+    """Headers by range, then every byte of every file: what comes is right, or nothing comes."""
+    with closing(HubSource("org/model")) as source:
+        open_checkpoint(source)
+        for name, size in source.files().items():
+            buffer = bytearray(size)
+            source.readinto(name, 0, memoryview(buffer))
+            assert buffer == files[name]
+
+
+def test_interrupted_and_taken_up_again(
+    repo: Repo, files: dict[str, bytes], tmp_path: Path
+) -> None:
+    right, target = {name: files[name] for name in NEEDED}, tmp_path / "model"
+    with pytest.raises(KeyboardInterrupt):
+        pull("org/model", to=target, max_workers=1, progress=lambda n: _thread.interrupt_main())
+    assert kept(target).items() < right.items()
+    assert kept(pull("org/model", to=target).path) == right
 
 
 # --- what the hub refuses
@@ -645,6 +696,8 @@ def test_shards_come_ahead_and_leave_nothing_behind(
         first = bytearray(10)
         source.readinto(shards[0], 100, memoryview(first))
         assert first == files[shards[0]][100:110]
+        assert source.downloads == shards[:1]
+        source.readinto(shards[0], 110, memoryview(first))
         source._shards[shards[1]].result()  # the next one is on its way already
         assert sorted(source.downloads) == shards[:2]
         assert not list(tmp_path.rglob("*.safetensors"))  # open, and unlinked
@@ -883,6 +936,24 @@ def test_faults_while_pushing(hub: HubServer, converted: Path, fault: Fault, out
 
 
 # --- conversion straight from a repository
+
+
+def test_an_interrupted_conversion_goes_on(repo: Repo, hub: HubServer, tmp_path: Path) -> None:
+    convert(HubSource("org/model"), tmp_path / "whole", target="marlin")
+    left = 5
+
+    def stop(count: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            hub.faults.append(Fault("status", W, FOREVER, status=404))
+
+    refusal(lambda: convert(HubSource("org/model"), tmp_path / "m", target="marlin", progress=stop))
+    assert not (tmp_path / "m").exists()
+    hub.faults.clear()
+    done = convert(HubSource("org/model"), tmp_path / "m", target="marlin")
+    assert done.resumed
+    assert kept(tmp_path / "m") == kept(tmp_path / "whole")
 
 
 def test_convert_from_a_repository(repo: Repo, files: dict[str, bytes], tmp_path: Path) -> None:

@@ -186,6 +186,13 @@ class Pull:
         self._lock = threading.Lock()
 
     @property
+    def bars(self) -> bool:
+        """Whether progress may be shown: HF_HUB_DISABLE_PROGRESS_BARS is not set."""
+        from huggingface_hub import constants
+
+        return not constants.HF_HUB_DISABLE_PROGRESS_BARS
+
+    @property
     def plan(self) -> PullResult:
         """What would be downloaded, with what is here already by its size."""
         files = [
@@ -266,8 +273,8 @@ class Pull:
                 counted(file.size - counted(0))
                 cached = before is not None and before == self.here(file)
                 return PulledFile(file.name, file.size, file.digest, cached, again)
+            self._discard(path)
             counted(-counted(0))
-        self._discard(path)
         raise VerificationError(
             f"its content is not {file.digest}, which the hub records, twice in a row; "
             "it has been removed",

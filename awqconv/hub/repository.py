@@ -98,16 +98,21 @@ class Repository:
 
         repo, revision = split_name(model, revision)
         api = HfApi(token=token, **CLIENT)
-        with explained(repo, revision):
-            info = retried(
-                lambda: api.model_info(
-                    repo,
-                    revision=revision,
-                    files_metadata=True,
-                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                )
-            )
         where = shown(f"{repo}@{revision}" if revision else repo)
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with explained(repo, revision):
+            try:
+                info = retried(
+                    lambda: api.model_info(
+                        repo, revision=revision, files_metadata=True, timeout=timeout
+                    )
+                )
+            except (AttributeError, KeyError, TypeError) as error:
+                raise AwqconvError(
+                    f"the hub's answer is not what a hub says ({error!r})",
+                    where,
+                    "Check HF_ENDPOINT and the proxy: echo $HF_ENDPOINT $HTTPS_PROXY",
+                ) from None
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
             raise AwqconvError("the hub names no commit", where, "Check it: echo $HF_ENDPOINT")
         return cls(info.id, revision, info.sha, _files(info.siblings or (), where), token)

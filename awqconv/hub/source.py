@@ -174,20 +174,26 @@ class HubSource:
             return self._whole[file]
 
     def _shard(self, file: str) -> Future[_Shard]:
-        """A shard on its way or here; with it, the next one sets out."""
+        """A shard on its way or here; when it is here, the next one sets out."""
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(2, thread_name_prefix="awqconv-hub")
                 self._stop = threading.Event()
-            for name in (*self._after.get(file, ()), file):
-                if name not in self._shards:
-                    self._shards[name] = self._pool.submit(
-                        self._download, self.wanted[name], self._stop
-                    )
-                self._shards.move_to_end(name)
+            self._start(file)
+            self._shards.move_to_end(file)
+            if self._shards[file].done():  # the line is free for the next one
+                self._start(*self._after.get(file, ()))
             while len(self._shards) > max(2, self._keep):
                 self._shards.popitem(last=False)
             return self._shards[file]
+
+    def _start(self, *names: str) -> None:
+        assert self._pool
+        for name in names:
+            if name not in self._shards:
+                self._shards[name] = self._pool.submit(
+                    self._download, self.wanted[name], self._stop
+                )
 
     def _download(self, remote: RemoteFile, stop: threading.Event) -> _Shard:
         """A whole file: from the hub cache if it is there and right, else through the spool."""
