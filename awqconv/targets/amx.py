@@ -54,8 +54,9 @@ class Amx(Target):
         # one byte: lines are added up, then the four k of a line.
         sums = np.empty((rows.shape[0] * rows.shape[1], 128), np.uint16)
         nibble_sums(rows.reshape(-1), rows.shape[2], block // 4, sums)
-        four = sums.reshape(-1, 16, 4, 2)
-        halves = (four[:, :, 0] + four[:, :, 1]) + (four[:, :, 2] + four[:, :, 3])
+        pairs = sums.view(np.uint64).reshape(-1, 2)  # of k, of halves: sums of 4 do not overflow
+        two = pairs[:, 0] + pairs[:, 1]
+        halves = (two + (two >> 32)).astype(np.uint32).view(np.uint16)
         columns = halves.reshape(-1, 2, 8, 2).swapaxes(2, 3).reshape(*rows.shape[:2], 32)
         zeros = z.reshape(linear.G, -1, 32).transpose(1, 0, 2).astype(np.int32) * block
         comp = columns - np.repeat(zeros, linear.g // block, axis=1)
