@@ -338,7 +338,7 @@ class _Executor:
     def _pack(self, job: Pack) -> dict[str, Any]:
         """An output module, part by part, each a sequence of tiles of its outermost axis."""
         target = layout(job.layout)
-        hashers: dict[str, Hasher] = {}
+        hashers: dict[TensorInfo, Hasher] = {}
         digests: dict[str, str] = {}
         for part in target.parts(job.linear):
             info = job.outputs.get(part.suffix)
@@ -355,7 +355,7 @@ class _Executor:
             entry["sources"] = self._source_digests(job, hashers)
         return entry
 
-    def _source_digests(self, job: Pack, hashers: dict[str, Hasher]) -> dict[str, str]:
+    def _source_digests(self, job: Pack, hashers: dict[TensorInfo, Hasher]) -> dict[str, str]:
         """Digests of the source tensors that a job read, from what passed by or a second look."""
         infos = {
             info.name: info
@@ -366,7 +366,7 @@ class _Executor:
         found: dict[str, str] = {}
         for name, info in infos.items():
             self.check_stop()
-            found[name] = self.reader.digest(info, hashers.get(name))
+            found[name] = self.reader.digest(info, hashers.get(info))
         return found
 
     # --- after the jobs

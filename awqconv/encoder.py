@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import Piece
 from awqconv.digest import Hasher
 from awqconv.errors import AwqconvError
@@ -58,11 +59,11 @@ class Encoder:
         part: Part,
         linear: Linear,
         pieces: Sequence[Piece],
-        hashers: dict[str, Hasher],
+        hashers: dict[TensorInfo, Hasher],
     ) -> Iterator[Bytes]:
         """The bytes of one part of one layer, in order, in buffers that the next tile reuses.
 
-        `hashers` collects digests of the source tensors, by name, as far as they are read in order.
+        `hashers` collects digests of the source tensors as far as they are read in order.
         """
         if part.of == "w":
             yield from self._dense(part, linear, pieces, hashers)
@@ -70,7 +71,7 @@ class Encoder:
             yield from self._part(target, part, linear, pieces, hashers)
 
     def _feeds(
-        self, pieces: Sequence[Piece], of: str, hashers: dict[str, Hasher], budget: int
+        self, pieces: Sequence[Piece], of: str, hashers: dict[TensorInfo, Hasher], budget: int
     ) -> list[Feed]:
         budget //= len(pieces)
         return [
@@ -84,7 +85,7 @@ class Encoder:
         part: Part,
         linear: Linear,
         pieces: Sequence[Piece],
-        hashers: dict[str, Hasher],
+        hashers: dict[TensorInfo, Hasher],
     ) -> Iterator[Bytes]:
         to = part.layout(linear)
         feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
@@ -168,7 +169,9 @@ class Encoder:
         else:
             write_numbers(caster(linear.scales, part.dtype)(rows), buffer, part, tile)
 
-    def _zeros(self, pieces: Sequence[Piece], linear: Linear, hashers: dict[str, Hasher]) -> Bytes:
+    def _zeros(
+        self, pieces: Sequence[Piece], linear: Linear, hashers: dict[TensorInfo, Hasher]
+    ) -> Bytes:
         """Zero points 0..15 of one expert, uint8 [G, N]."""
         zeros = np.empty(linear.shape("z"), np.uint8)
         feeds = self._feeds(pieces, "z", hashers, self.share)
@@ -179,7 +182,7 @@ class Encoder:
         return zeros
 
     def _dense(
-        self, part: Part, linear: Linear, pieces: Sequence[Piece], hashers: dict[str, Hasher]
+        self, part: Part, linear: Linear, pieces: Sequence[Piece], hashers: dict[TensorInfo, Hasher]
     ) -> Iterator[Bytes]:
         """The dequantized weight [N, K], some columns of it at a time."""
         feeds = {of: self._feeds(pieces, of, hashers, self.share // 4) for of in "qzs"}

@@ -67,7 +67,7 @@ class Feed:
         reader: Reader,
         module: Stored,
         of: str,
-        hashers: dict[str, Hasher],
+        hashers: dict[TensorInfo, Hasher],
         *,
         budget: int,
         expert: int = 0,
@@ -80,7 +80,7 @@ class Feed:
         self.base = self.info.start + expert * self.size
         self.budget, self._reader = budget, reader
         self._use = f"source {of} {slot}"
-        self._hasher = hashers.setdefault(self.info.name, Hasher(self.info.start))
+        self._hasher = hashers.setdefault(self.info, Hasher(self.info.start))
         self._whole: Bytes | None = None
 
     def _read(self, start: int, stop: int) -> Bytes:

@@ -11,7 +11,8 @@ Three levels, in one pass over the files:
               is held to a bound derived from dtype and K (`awqconv.kernels.bounds`).
 
 The product level shares no code with the packer: positions come from `Layout.offsets`, one
-element at a time, and the reference weight from AutoAWQ's own order by reshape and transpose.
+element at a time, and the reference weight from AutoAWQ's own order by reshape and transpose, of
+the source's bytes where it is given.
 """
 
 from __future__ import annotations
@@ -295,14 +296,17 @@ class _Check:
 
     def _module(self, module: Stored) -> tuple[ModuleReport, list[Problem], int, int]:
         name = module.name
-        hashers: dict[str, Hasher] = {}
+        hashers: dict[TensorInfo, Hasher] = {}
         sample = self._sample(module) if self.columns else None
-        found = list(self._exact(module, hashers, sample))
+        try:
+            found = list(self._exact(module, hashers, sample))
+        except AwqconvError as wrong:  # a zero point that is none
+            found, sample = [wrong.what], None
         infos = [*module.tensors.values(), *module.kept.values()]
         infos += [module.bias] if module.bias else []
         constants = layout(module.layout).constants(module.linear)
         infos += [self.model.checkpoint.tensors[f"{name}.{suffix}"] for suffix in constants]
-        damaged = [p for info in infos for p in self._digest(info, hashers.get(info.name))]
+        damaged = [p for info in infos for p in self._digest(info, hashers.get(info))]
         if module.bias and self.origin and module.linear.bias:
             damaged += self._same_bytes(module.bias, module.linear.bias)
         problems = [Problem(f"module {name}", p.what + f" ({p.where})") for p in damaged]
@@ -320,7 +324,7 @@ class _Check:
     # --- exactness
 
     def _exact(
-        self, module: Stored, hashers: dict[str, Hasher], sample: _Sample | None
+        self, module: Stored, hashers: dict[TensorInfo, Hasher], sample: _Sample | None
     ) -> Iterator[str]:
         """What is not as it was in AWQ form. Fills the sample with AWQ rows."""
         original, awq = module.original(), layout("awq")
@@ -333,11 +337,11 @@ class _Check:
             info = theirs.tensors[part.suffix] if theirs else None
             for e in range(module.experts):
                 for tile in self._tiles(awq, part, linear, original, e, hashers):
-                    if info and same:
-                        same = self._as_source(info, hasher.position, tile)
+                    right = self._source_tile(info, hasher.position, tile) if info else tile
+                    same &= right is tile or np.array_equal(right, tile)
                     hasher.update(hasher.position, tile)
                     if sample and e == sample.expert:
-                        sample.take(part, linear, tile)
+                        sample.take(part, linear, right)
             if not same or (not info and hasher.hexdigest() != expected[part.suffix]):
                 wrong = True
                 if not info:
@@ -349,8 +353,8 @@ class _Check:
             yield self._explain(module, original, theirs)
         target = layout(module.layout)
         for part in target.parts(module.linear):
-            again = part.of == "w" or (part.of == "s" and "scales" in module.kept)
-            if (again or part.pattern.pad) and not wrong:
+            exact = part.coded or (part.of == "s" and part.dtype == linear.scales)
+            if (not exact or part.pattern.pad) and not wrong:
                 info = module.tensors[part.suffix]
                 position = info.start
                 for e in range(module.experts):
@@ -360,7 +364,7 @@ class _Check:
                         if not np.array_equal(stored, tile):
                             at = position - info.start + int((stored != tile).argmax())
                             yield (
-                                f"its {part.suffix} does not follow from its codes: byte {at:,} "
+                                f"its {part.suffix} does not follow from its AWQ form: byte {at:,} "
                                 "is wrong"
                             )
                             return
@@ -372,11 +376,11 @@ class _Check:
         piece = Piece(module, (0, linear.K), (0, linear.N), expert=e)
         return self.encoder.tiles(target, part, linear, (piece,), hashers)
 
-    def _as_source(self, info: TensorInfo, offset: int, tile: Bytes) -> bool:
+    def _source_tile(self, info: TensorInfo, offset: int, tile: Bytes) -> Bytes:
         assert self.origin_reader
         buffer = self.origin_reader.arena.take("source", len(tile))
         self.origin_reader.source.readinto(info.file, info.start + offset, buffer.data)
-        return np.array_equal(buffer, tile)
+        return buffer
 
     def _explain(self, module: Stored, original: Stored, theirs: Stored) -> str:
         """The first element that differs from the source, and the worst error of a weight."""
@@ -389,10 +393,10 @@ class _Check:
                 encoder = Encoder(reader, SHARE)
                 piece = (Piece(stored, (0, linear.K), (0, linear.N), expert=e),)
                 rows = {
-                    part.of: [t.copy() for t in encoder.tiles(awq, part, linear, piece, {})]
+                    str(part.of): [t.copy() for t in encoder.tiles(awq, part, linear, piece, {})]
                     for part in awq.parts(linear)
                 }
-                arrays.append(_weight(rows, linear))
+                arrays.append(_weight(rows, linear, linear.scales))
             for of, title in (("q", "code"), ("z", "zero point"), ("s", "scale")):
                 mine, source = arrays[0][of], arrays[1][of]
                 differ = np.argwhere(mine != source)
@@ -434,7 +438,8 @@ class _Check:
             window = feed.window(1, sample.start, sample.start + sample.width)[0]
             packed[part.suffix] = window.copy()
         x = bounds.activations(ROWS, linear.K, sample.random)
-        weight = _weight(sample.rows, replace(module.original().linear, N=sample.width))["w"]
+        was = replace(module.original().linear, N=sample.width)
+        weight = _weight(sample.rows, was, linear.scales)["w"]
         exact = x.astype(np.float64) @ weight
         y = cpu.gemm(x, packed, target, linear)
         return bounds.judge(y, exact, x, weight, target, linear)
@@ -458,14 +463,20 @@ class _Sample:
         self.rows[part.of].append(tile.reshape(-1, row)[:, low:high].copy())
 
 
-def _weight(rows: Mapping[str, Sequence[Bytes]], linear: Linear) -> dict[str, NDArray[Any]]:
-    """Codes, zero points, scales and the float64 weight [K, N] of AWQ bytes, by plain numpy."""
+def _weight(
+    rows: Mapping[str, Sequence[Bytes]], linear: Linear, scales: str
+) -> dict[str, NDArray[Any]]:
+    """Codes, zero points, scales and the float64 weight [K, N] of AWQ bytes, by plain numpy.
+
+    The weight is that of scales rounded to the dtype `scales`.
+    """
     found: dict[str, NDArray[Any]] = {}
     for of in "qz":
         packed = np.concatenate(rows[of])
         found[of] = reference.unpack(packed, layouts.AWQ, linear.shape(of))
     raw = np.concatenate(rows["s"]).reshape(-1).view(RAW[linear.scales])
-    found["s"] = to_float32(raw.reshape(linear.shape("s")), linear.scales)
+    rounded = caster(linear.scales, scales)(raw.reshape(linear.shape("s")))
+    found["s"] = to_float32(rounded, scales)
     offset = found["q"].astype(np.float64) - np.repeat(found["z"], linear.g, 0)
     found["w"] = offset * np.repeat(found["s"], linear.g, 0)
     return found
