@@ -77,6 +77,8 @@ def inspect(
             ("bytes", f"{size(found.nbytes)} in {found.shards} files"),
         ]
     )
+    if found.to_download:
+        console.facts([("to download", size(found.to_download))])
     if found.modules_to_not_convert:
         console.facts([("not converted", ", ".join(found.modules_to_not_convert))])
     console.table(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from awqconv.checkpoint.model import Model, open_model
 from awqconv.checkpoint.source import Source
+from awqconv.hub import PREFIX
 from awqconv.plan import Verdict, verdict
 from awqconv.targets.base import layout
 
@@ -30,6 +31,7 @@ class Kind:
 class Inspection:
     """What a checkpoint is. Sizes in bytes; `group_size` is the config's, -1 for channelwise.
 
+    `to_download` is what a conversion of a model on the hub downloads, with its other files.
     `verdicts` and `target` are there if a target was asked for: what it would do with each module.
     """
 
@@ -47,6 +49,7 @@ class Inspection:
     notes: list[str]
     target: str | None = None
     verdicts: list[Verdict] | None = None
+    to_download: int = 0
 
     @property
     def taken(self) -> int:
@@ -80,8 +83,9 @@ def _inspect(opened: Model, target: str | None) -> Inspection:
     if target:
         chosen = layout(target)
         verdicts = [verdict(m.original(), chosen, "keep") for m in opened.modules.values()]
+    name = opened.checkpoint.source.name
     return Inspection(
-        opened.checkpoint.source.name,
+        name,
         opened.layout,
         4,
         opened.quantization.group_size,
@@ -99,4 +103,5 @@ def _inspect(opened: Model, target: str | None) -> Inspection:
         opened.notes,
         target,
         verdicts,
+        sum(opened.checkpoint.files.values()) if name.startswith(PREFIX) else 0,
     )

@@ -1005,6 +1005,7 @@ def test_the_whole_way_by_command(
     code, out, _ = cli(capsys, "inspect", "hf://org/model", "--target", "marlin", "--json")
     assert code == 0
     assert json.loads(out)["quantized"] == 3
+    assert json.loads(out)["to_download"] == sum(len(repo.files[name]) for name in NEEDED)
     code, out, _ = cli(capsys, "convert", "hf://org/model", "--target", "marlin", "--dry-run")
     assert code == 0
     assert not [line for line in hub.log if "/cdn/" in line and "bytes=" not in line]
