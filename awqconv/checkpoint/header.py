@@ -52,7 +52,7 @@ class TensorInfo:
 Header = tuple[dict[str, TensorInfo], dict[str, str]]
 
 
-def _size(dtype: object, shape: object) -> int:
+def tensor_size(dtype: object, shape: object) -> int:
     """Bytes of a tensor. Raises ValueError that says what is wrong with either."""
     bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
     if bits is None:
@@ -80,7 +80,7 @@ def _entry(name: str, entry: object, data_size: int) -> tuple[int, int]:
         raise ValueError(f"a tensor name must be 1 to {MAX_NAME} printable characters")
     if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         raise ValueError("an entry must be an object of dtype, shape and data_offsets")
-    size = _size(entry["dtype"], entry["shape"])
+    size = tensor_size(entry["dtype"], entry["shape"])
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
         raise ValueError(f"data_offsets {shown(str(offsets), 60)} are no pair of integers")
@@ -174,7 +174,7 @@ def build_header(
 
     Raises ValueError for a repeated name, an unknown dtype or an impossible shape.
     """
-    given = [(name, dtype, shape, _size(dtype, shape)) for name, dtype, shape in tensors]
+    given = [(name, dtype, shape, tensor_size(dtype, shape)) for name, dtype, shape in tensors]
     if len({name for name, *_ in given}) != len(given):
         raise ValueError("a tensor name is there twice")
     end = 0

@@ -12,11 +12,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import prod
 from typing import Any
 
 from awqconv.checkpoint.config import MANIFEST, quant_config, read_config
-from awqconv.checkpoint.header import DTYPE_BITS, TensorInfo, read_header
+from awqconv.checkpoint.header import TensorInfo, read_header, tensor_size
 from awqconv.checkpoint.model import (
     AGAIN,
     KEPT,
@@ -35,6 +34,8 @@ from awqconv.errors import AwqconvError
 from awqconv.forms import sglang
 from awqconv.jobs import Copy, Job, Pack, Spec, outputs
 from awqconv.targets.base import layout
+
+MAX_RANKS = 4096
 
 
 def source_specs(model: Model) -> list[Spec]:
@@ -59,11 +60,20 @@ def open_sharded(source: Source) -> Model:
     config = read_config(source)
     files = source.files()
     try:
-        target, tp = layout(manifest["target"]), manifest["tp"]
-        quantization = manifest["source"]["quantization_config"]
-        specs = [(name, dtype, tuple(shape)) for name, dtype, shape in manifest["tensors"]]
-        written = list(manifest["files"])
+        target, tp = layout(manifest["target"]), int(manifest["tp"])
+        quantization = dict(manifest["source"]["quantization_config"])
+        specs = [(str(name), dtype, tuple(shape)) for name, dtype, shape in manifest["tensors"]]
+        # Each tensor of the source is a file of its own: a range of bytes names its tensor.
+        tensors = {
+            name: TensorInfo(name, dtype, shape, name, 0, tensor_size(dtype, shape))
+            for name, dtype, shape in specs
+        }
+        written = [str(name) for name in manifest["files"]]
         version = manifest["layout_version"]
+        group_size = int(manifest["group_size"])
+        unconverted = tuple(manifest["modules_to_not_convert"])
+        if not 1 <= tp <= MAX_RANKS:
+            raise ValueError(f"tp {tp}")
     except (KeyError, TypeError, ValueError) as error:
         raise AwqconvError(f"the manifest is incomplete: {error!r}", MANIFEST, AGAIN) from None
     if version != target.version:
@@ -72,17 +82,12 @@ def open_sharded(source: Source) -> Model:
             source.name,
             "Use the awqconv version that wrote it, or convert the checkpoint again.",
         )
-    # Each tensor of the source is a file of its own, so that a range of bytes names its tensor.
-    tensors = {
-        name: TensorInfo(name, dtype, shape, name, 0, prod(shape) * DTYPE_BITS[dtype] // 8)
-        for name, dtype, shape in specs
-    }
     config = {**config, "quantization_config": quantization}
     shards = tuple(name for name in written if name.endswith(".safetensors") and name != KEPT)
     quant = replace(
         quant_config(config, source),
-        group_size=manifest["group_size"],
-        modules_to_not_convert=tuple(manifest["modules_to_not_convert"]),
+        group_size=group_size,
+        modules_to_not_convert=unconverted,
     )
     checkpoint = Checkpoint(source, config, quant, files, shards, tensors, {})
     checkpoint.modules = find_modules(checkpoint)

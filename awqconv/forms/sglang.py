@@ -73,20 +73,21 @@ def check_target(target: Target) -> None:
         )
 
 
-def shard(
-    model: Model,
-    sources: Mapping[str, Stored],
-    target: Target,
-    tp: int,
-    ranks: Sequence[int] | None = None,
-) -> Sharded:
-    """The jobs of `ranks` (all of `tp` if None) for a model in the default form.
+def shard(model: Model, sources: Mapping[str, Stored], target: Target, tp: int) -> Sharded:
+    """The jobs of all ranks for a model in the default form.
 
     Raises AwqconvError for an architecture that is not known, tensors that the engine's parameters
     need and the checkpoint lacks, and sizes that the engine cannot share among so many ranks.
     """
-    chosen = range(tp) if ranks is None else ranks
-    return _Sharder(model, sources, target, tp, chosen).run()
+    return _Sharder(model, sources, target, tp, range(tp)).run()
+
+
+def try_first(
+    model: Model, sources: Mapping[str, Stored], target: Target, tp: int
+) -> tuple[Sharded, list[AwqconvError]]:
+    """The jobs of the first rank, as far as they can be, and what stands in the way of others."""
+    problems: list[AwqconvError] = []
+    return _Sharder(model, sources, target, tp, (0,), problems).run(), problems
 
 
 class _Sharder:
@@ -97,11 +98,12 @@ class _Sharder:
         target: Target,
         tp: int,
         ranks: Sequence[int],
+        problems: list[AwqconvError] | None = None,
     ) -> None:
         self.model, self.sources, self.target, self.tp = model, sources, target, tp
         self.config = model.checkpoint.config
         self.architecture = architecture(self.config)
-        self.ranks = ranks
+        self.ranks, self.problems = ranks, problems
         self.out = Sharded([[] for _ in ranks])
         self.tied = self.architecture.ties and bool(self.config.get("tie_word_embeddings"))
         self.layers = self._number("num_hidden_layers")
@@ -134,26 +136,34 @@ class _Sharder:
     def run(self) -> Sharded:
         """All units, in the order of their first tensor."""
         units, dropped = self._units()
-        if self.tp > 1 and any(u.entry.split == "heads" for u in units.values()):
-            self._check_heads()
         self._check_complete(units)
         for unit in units.values():
-            self._check_biases(unit, dropped)
-            quantized = {isinstance(part, Stored) for part in unit.parts.values()}
-            if len(quantized) > 1:
-                some = next(p.name for p in unit.parts.values() if isinstance(p, TensorInfo))
-                self._refuse(f"its part {some} is not quantized, others are", unit.name)
-            self._check_skipped(unit, True in quantized)
-            if unit.entry.split == "experts":
-                (self._experts if True in quantized else self._plain_experts)(unit)
-            elif True in quantized:
-                self._linear(unit)
-            else:
-                self._plain(unit)
-            if unit.biases:
-                self._bias(unit)
+            try:
+                self._unit(unit, dropped)
+            except AwqconvError as error:
+                if self.problems is None:
+                    raise
+                self.problems.append(error)
         self._keep(dropped)
         return self.out
+
+    def _unit(self, unit: _Unit, dropped: list[Tensors]) -> None:
+        if unit.entry.split == "heads":
+            self._check_heads(unit)
+        self._check_biases(unit, dropped)
+        quantized = {isinstance(part, Stored) for part in unit.parts.values()}
+        if len(quantized) > 1:
+            some = next(p.name for p in unit.parts.values() if isinstance(p, TensorInfo))
+            self._refuse(f"its part {some} is not quantized, others are", unit.name)
+        self._check_skipped(unit, True in quantized)
+        if unit.entry.split == "experts":
+            (self._experts if True in quantized else self._plain_experts)(unit)
+        elif True in quantized:
+            self._linear(unit)
+        else:
+            self._plain(unit)
+        if unit.biases:
+            self._bias(unit)
 
     def _units(self) -> tuple[dict[str, _Unit], list[Tensors]]:
         units: dict[str, _Unit] = {}
@@ -186,12 +196,14 @@ class _Sharder:
             layer, known = int(number), self.inner
             if expert := split(rest):
                 rest = expert[0]
-                key = (expert[1], ROLES.get(expert[2]))
+                key = (expert[1], expert[2])
         if rest not in known or (self.tied and module == "lm_head"):
             return None
         entry, part = known[rest]
-        if entry.split == "experts" and (key is None or None in key):
-            return None
+        if entry.split == "experts":
+            if key is None or key[0] is None or key[1] not in entry.parts:
+                return None
+            key = (key[0], ROLES[key[1]])
         name = entry.name.replace("#", str(layer))
         if self.tied and name == "model.embed_tokens":
             # One parameter under two names: the loader knows it by the first in the alphabet.
@@ -219,10 +231,10 @@ class _Sharder:
                         "Download the model again, whole, or use --form hf.",
                     )
 
-    def _check_heads(self) -> None:
+    def _check_heads(self, unit: _Unit) -> None:
         for count, title in ((self.heads, "attention heads"), (self.kv_heads, "kv heads")):
             if count % self.tp and (title[0] == "a" or self.tp % count):
-                self._refuse(f"{count} {title} cannot be shared by {self.tp} ranks", "config.json")
+                self._refuse(f"{count} {title} cannot be shared by {self.tp} ranks", unit.name)
 
     def _check_biases(self, unit: _Unit, dropped: list[Tensors]) -> None:
         has = self.architecture.bias.get(unit.name.rpartition(".")[2])
@@ -368,12 +380,11 @@ class _Sharder:
                 self.out.kept += hf.originals(self.model, source)
 
     def _numbers(self, unit: _Unit) -> int:
-        """How many experts; all must be there, from 0 on, each with its three projections."""
+        """How many experts; all must be there, from 0 on, each with gate, up and down."""
         count = 1 + max(int(number) for number, _ in unit.parts)
-        wanted = {(e, role) for e in range(count) for role in ("gate", "up", "down")}
-        said = next((self.config[k] for k in ("num_local_experts", "num_experts")
-                     if k in self.config), count)  # fmt: skip
-        if set(unit.parts) != wanted or count != said:
+        keys = ("num_local_experts", "num_experts")
+        said = next((self.config[key] for key in keys if key in self.config), count)
+        if len(unit.parts) != 3 * count or count != said:
             self._refuse(f"{len(unit.parts)} projections of {count} experts, not 3 x {said}",
                          unit.name)  # fmt: skip
         if self.tp > count:
@@ -391,7 +402,7 @@ class _Sharder:
         for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
             low, high = self._even(whole.I, rank, "I", unit)
             mixture = replace(whole, I=high - low)
-            rule = hf.broken(self.target, mixture)
+            rule = self._expert_rule(mixture)
             if rule and not self.target.expert_fallback:
                 self._refuse(f"{self.target.name} does not take the experts: {rule}", unit.name)
             name = (self.target.expert_fallback or "") if rule else self.target.name
@@ -412,6 +423,13 @@ class _Sharder:
             jobs.append(self._pack(unit, name, w13, "w13_", {}, fused))
             jobs.append(self._pack(unit, name, w2, "w2_", {}, down))
         self._decide([*parts.values()], name, rule)
+
+    def _expert_rule(self, mixture: Mixture) -> str | None:
+        if self.target.expert_rules is not None:
+            return hf.broken(self.target, mixture)
+        shapes = (mixture.H, 2 * mixture.I), (mixture.I, mixture.H)
+        linears = [Linear(K, N, mixture.g, kind="expert") for K, N in shapes]
+        return next((said for x in linears if (said := hf.broken(self.target, x))), None)
 
     def _halved(self, mixture: Mixture, unit: _Unit) -> int:
         """The group size that moe_wna16 halves until it divides: MoeWNA16Method.create_weights."""

@@ -1,0 +1,298 @@
+"""The form sglang-sharded against the running engine, against its loaders by hand, and back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from checkpoints import Built
+from engine_models import MODELS, Rank, make_model
+from golden_cases import GOLDEN, Raw, raw_tensors
+
+import awqconv
+from awqconv.capacity import capacity
+from awqconv.checkpoint.model import open_model
+from awqconv.errors import AwqconvError
+from awqconv.plan import make_plan
+from awqconv.repack import layouts, reference
+from awqconv.targets import layout
+
+STATE = json.loads((GOLDEN / "sglang_sharded_state.json").read_text())
+
+
+def rank_tensors(path: Path, rank: int) -> dict[str, Raw]:
+    found: dict[str, Raw] = {}
+    for file in sorted(path.glob(f"model-rank-{rank}-part-*.safetensors")):
+        part = raw_tensors(file)
+        assert not found.keys() & part.keys()
+        found.update(part)
+    return found
+
+
+def sharded(source: Path, dest: Path, tp: int, target: str = "marlin", **options) -> None:
+    awqconv.convert(source, dest, target=target, form="sglang-sharded", tp=tp, **options)
+
+
+def back(path: Path, dest: Path) -> dict[str, Raw]:
+    awqconv.convert(path, dest, target="awq")
+    found: dict[str, Raw] = {}
+    for file in dest.glob("*.safetensors"):
+        found.update(raw_tensors(file))
+    return found
+
+
+def source_tensors(path: Path) -> dict[str, Raw]:
+    found: dict[str, Raw] = {}
+    for file in path.glob("*.safetensors"):
+        found.update(raw_tensors(file))
+    return found
+
+
+@pytest.mark.parametrize("case", STATE)
+def test_the_shards_are_the_state_of_the_running_engine(models, tmp_path, case):
+    name, tp = case.rsplit("-tp", 1)
+    sharded(models / name, tmp_path / "out", int(tp))
+    wrong = set()
+    for rank, state in enumerate(STATE[case]):
+        mine = rank_tensors(tmp_path / "out", rank)
+        assert {n: [r.dtype, list(r.shape)] for n, r in mine.items()} == {
+            n: [dtype, shape] for n, (dtype, shape, _) in state.items()
+        }
+        for tensor, (_, _, digest) in state.items():
+            if xxhash.xxh3_128_hexdigest(mine[tensor].data) != digest:
+                wrong.add(tensor)
+                # The engine's error: scales of several groups in the order of one.
+                raw = mine[tensor]
+                s = raw.array.view("<u2").reshape(raw.shape)
+                plain = [reference.restore(x, layouts.MARLIN_SCALES, x.shape) for x in s]
+                single = [reference.arrange(x, layouts.MARLIN_SCALES_SINGLE) for x in plain]
+                assert xxhash.xxh3_128_hexdigest(np.stack(single).tobytes()) == digest
+    expected = tp == "2" and "llama" not in name
+    assert {n.rpartition(".")[2] for n in wrong} == ({"w13_scales"} if expected else set())
+    assert back(tmp_path / "out", tmp_path / "back") == source_tensors(models / name)
+
+
+def check(source: Built, config: dict, path: Path, tp: int, target: str = "marlin") -> None:
+    """Rank files hold exactly what the engine's loaders make, and turn back to the source."""
+    sharded(source.path, path / "out", tp, target, max_shard_size="200kB")
+    for rank in range(tp):
+        mine = rank_tensors(path / "out", rank)
+        engine = Rank(source, config, tp, rank).state(target)
+        assert mine.keys() == engine.keys()
+        for name, raw in mine.items():
+            assert raw.data == engine[name], (rank, name)
+    assert back(path / "out", path / "back") == source_tensors(source.path)
+
+
+DENSE = [name for name in MODELS if "Mixtral" not in name and "Moe" not in name]
+CASES = [
+    (name, tp)
+    for name in MODELS
+    for tp in (1, 2, 4, 8)
+    if tp < 8 or "num" not in "".join(MODELS[name])
+]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tp"), [c for c in CASES if c[0][:3] != "Mix" or c[1] < 8]
+)
+def test_every_parameter_is_as_the_engine_shares_it(tmp_path, architecture, tp):
+    # kv heads are repeated at 4 and 8 ranks; at 4, I of a rank still has 4 groups of 32.
+    check(*make_model(tmp_path / "m", architecture, kv_heads=2), tmp_path, tp)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "MixtralForCausalLM"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_npu_parameters_with_a_fallback_by_rank(tmp_path, architecture, tp):
+    # g = 64: at 4 ranks o_proj has one group, and becomes bf16 with its original kept.
+    check(*make_model(tmp_path / "m", architecture, g=64), tmp_path, tp, "npu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tied": True},
+        {"attention_bias": True},
+        {"attention_bias": True, "skip": ("self_attn.q", "self_attn.k", "self_attn.v", "o_proj")},
+        {"skip": ("layers.1.",)},
+        {"kv_heads": 1, "vocab": 64},
+        {"g": 128, "extra": {"num_attention_heads": 8}},
+        {"g": 16},
+    ],
+    ids=lambda o: ",".join(o) + str(o.get("g", "")),
+)
+def test_options_of_a_dense_model(tmp_path, options):
+    options = dict(options)
+    if "self_attn.q" in options.get("skip", ()):
+        options["skip"] = ("self_attn",)
+    check(*make_model(tmp_path / "m", "LlamaForCausalLM", **options), tmp_path, 2)
+
+
+@pytest.mark.parametrize(
+    ("g", "I", "tp", "how"),
+    [
+        (64, 192, 2, "moe_wna16"),  # a rank's 96 rows end inside a group: halved to 32, repeated
+        (128, 384, 2, "moe_wna16"),  # 192: halved to 64
+        (128, 256, 2, "marlin"),
+        (32, 160, 1, "moe_wna16"),
+    ],
+)
+def test_experts_fall_back_a_layer_at_a_time_by_what_a_rank_has(tmp_path, g, I, tp, how):  # noqa: E741
+    for architecture in ("MixtralForCausalLM", "Qwen3MoeForCausalLM"):
+        path = tmp_path / architecture
+        source, config = make_model(path / "m", architecture, g=g, I=I, heads=8 * g // 32)
+        check(source, config, path, tp)
+        plan = make_plan(open_model(source.path), layout("marlin"), form="sglang-sharded", tp=tp)
+        assert {v.layout for v in plan.verdicts if ".experts." in v.module} == {how}
+
+
+def test_tensors_the_engine_does_not_load_are_kept_beside(tmp_path):
+    source, config = make_model(
+        tmp_path / "m", "LlamaForCausalLM", tied=True,
+        other={"lm_head.weight": ("F16", (100, 256)),
+               "model.layers.0.self_attn.rotary_emb.inv_freq": ("F32", (16,)),
+               "model.layers.0.self_attn.o_proj.bias": ("F16", (256,))},
+    )  # fmt: skip
+    source.tensors.pop("model.layers.0.self_attn.o_proj.bias")
+    check(source, config, tmp_path, 2)
+    kept = raw_tensors(tmp_path / "out/awq-originals/model.safetensors")
+    assert set(kept) == {
+        "lm_head.weight",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.o_proj.bias",
+    }
+
+
+def test_channelwise_ranks_have_all_scales(tmp_path):
+    source, config = make_model(tmp_path / "m", "LlamaForCausalLM", g=-1)
+    path = source.path / "config.json"
+    text = json.loads(path.read_text())
+    text["quantization_config"]["group_size"] = -1
+    path.write_text(json.dumps(text))
+    check(source, config, tmp_path, 2)
+    plan = make_plan(open_model(source.path), layout("marlin"), form="sglang-sharded", tp=2)
+    assert any("Channelwise" in note for note in plan.notes)
+
+
+def test_a_sharded_folder_converts_to_any_target_as_its_source_does(tmp_path):
+    source, _ = make_model(tmp_path / "m", "MixtralForCausalLM", kv_heads=2, I=384)
+    sharded(source.path, tmp_path / "shards", 4)
+    for target in ("marlin", "npu", "amx", "xpu", "compressed-tensors", "moe_wna16"):
+        awqconv.convert(source.path, tmp_path / f"{target}-a", target=target)
+        awqconv.convert(tmp_path / "shards", tmp_path / f"{target}-b", target=target)
+        assert source_tensors(tmp_path / f"{target}-a") == source_tensors(tmp_path / f"{target}-b")
+
+
+@pytest.mark.parametrize(
+    "tensor", ["model.norm.weight", "model.layers.0.self_attn.qkv_proj.qzeros"]
+)
+def test_ranks_that_hold_the_same_must_agree(tmp_path, tensor):
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM", kv_heads=1)
+    sharded(source.path, tmp_path / "out", 2)
+    file = tmp_path / "out/model-rank-1-part-0.safetensors"
+    info = raw_tensors(file)[tensor]
+    data = bytearray(file.read_bytes())
+    data[data.index(info.data) + len(info.data) - 1] ^= 0x10
+    file.write_bytes(data)
+    with pytest.raises(AwqconvError, match=r"ranks .*differ"):
+        back(tmp_path / "out", tmp_path / "back")
+
+
+REFUSALS = [
+    ({"extra": {"architectures": ["PhiForCausalLM"]}}, 1, "PhiForCausalLM.*not known"),
+    ({}, 3, "cannot be shared by 3 ranks"),
+    ({"g": 64}, 8, "no multiple of the group size"),
+    ({"extra": {"num_hidden_layers": 3}}, 1, "the checkpoint lacks"),
+    ({"extra": {"attention_bias": True}}, 1, "bias here, the checkpoint none"),
+    ({"extra": {"vocab_size": 99}}, 1, "vocab_size is 99"),
+    ({"extra": {"num_attention_heads": 0}}, 1, "num_attention_heads is 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "tp", "says"), REFUSALS, ids=[r[2] for r in REFUSALS])
+def test_what_the_engine_could_not_load_is_refused(tmp_path, options, tp, says):
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM", **options)
+    with pytest.raises(AwqconvError, match=says) as error:
+        sharded(source.path, tmp_path / "out", tp)
+    assert error.value.where
+    assert error.value.fix
+    assert not (tmp_path / "out").exists()
+
+
+def test_arguments_that_do_not_go_together_are_refused(tmp_path):
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM")
+    model = open_model(source.path)
+    for target, options, says in [
+        ("amx", {"form": "sglang-sharded"}, "not there for amx"),
+        ("xpu", {"form": "sglang-sharded"}, "not there for xpu"),
+        ("marlin", {"tp": 2}, "same for every number of ranks"),
+        ("marlin", {"form": "gguf"}, "no form is named 'gguf'"),
+        ("marlin", {"form": "sglang-sharded", "tp": 0}, "0 tensor-parallel ranks"),
+        ("marlin", {"form": "sglang-sharded", "scale_dtype": "float32"}, "casts scales"),
+    ]:
+        with pytest.raises(AwqconvError, match=says):
+            make_plan(model, layout(target), **options)
+    sharded(source.path, tmp_path / "out", 2)
+    with pytest.raises(AwqconvError, match="sharded for tensor-parallel ranks already"):
+        sharded(tmp_path / "out", tmp_path / "again", 4)
+
+
+def test_a_module_the_engine_would_take_the_other_way_is_refused(tmp_path):
+    source, _ = make_model(tmp_path / "m", "Qwen2MoeForCausalLM")
+    path = source.path / "config.json"
+    config = json.loads(path.read_text())
+    # The engine looks for the part in the fused name: mlp.gate is also in mlp.gate_up_proj.
+    config["quantization_config"]["modules_to_not_convert"] = ["mlp.gate"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(AwqconvError, match="takes it the other way") as error:
+        sharded(source.path, tmp_path / "out", 1)
+    assert error.value.where == "model.layers.1.mlp.gate_up_proj"
+
+
+def test_a_damaged_sharded_folder_is_refused(tmp_path):
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM")
+    sharded(source.path, tmp_path / "out", 2)
+    manifest = tmp_path / "out/awqconv.json"
+    good = json.loads(manifest.read_text())
+    for change, says in [
+        ({"tp": 4}, "rank 0: .*manifest means"),
+        ({"tensors": good["tensors"][1:]}, "no qweight|lacks"),
+        ({"tensors": "x"}, "incomplete"),
+        ({"target": 1}, "no target is named 1"),
+        ({"layout_version": 99}, "layout version 99"),
+        ({"tp": None}, "incomplete"),
+    ]:
+        manifest.write_text(json.dumps({**good, **change}))
+        with pytest.raises(AwqconvError, match=says):
+            open_model(tmp_path / "out")
+
+
+def test_the_engines_scale_error_is_named_where_it_strikes(tmp_path):
+    source, _ = make_model(tmp_path / "m", "MixtralForCausalLM", g=64, I=128)
+    model = open_model(source.path)
+    hf = make_plan(model, layout("marlin")).notes
+    assert any(
+        "With 2 tensor" in note and "layers.0.block_sparse_moe.experts" in note for note in hf
+    )
+    by_rank = {tp: make_plan(model, layout("marlin"), form="sglang-sharded", tp=tp).notes
+               for tp in (1, 2)}  # fmt: skip
+    assert not by_rank[1]
+    assert "w13 scales of 2 mixtures" in by_rank[2][0]
+
+
+def test_capacity_by_number_of_ranks(tmp_path):
+    source, _ = make_model(tmp_path / "m", "MixtralForCausalLM", g=64, I=256)
+    model = open_model(source.path)
+    found = {c.tp: c for c in capacity(model, layout("marlin"))}
+    assert list(found) == [1, 2, 4, 8, 16]
+    assert [c.loads for c in found.values()] == [True, True, True, False, False]
+    assert not found[1].fallbacks
+    assert found[1].nbytes > found[2].nbytes > found[4].nbytes
+    assert {(v.module.rpartition(".")[2], v.layout) for v in found[4].fallbacks} == {
+        ("o_proj", "awq")
+    }
+    assert "4 experts are fewer than 8 ranks" in dict(found[8].refused).values()
+    sharded(source.path, tmp_path / "out", 4)
+    written = sum(len(r.data) for r in rank_tensors(tmp_path / "out", 1).values())
+    assert found[4].nbytes == written
