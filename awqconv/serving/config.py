@@ -71,9 +71,9 @@ class Quantization:
         """
         return any(part in module for part in self.skipped)
 
-    def layout_of(self, module: str) -> Target:
-        """The layout of a quantized module, by its name in the checkpoint; bf16 has no words."""
-        return layout(self.fallback.get(module, self.target.name))
+    def named(self, fallback: str | None) -> Target:
+        """The layout of a quantized module, given its entry in `fallback`; bf16 has no words."""
+        return layout(fallback) if fallback else self.target
 
     def linear(self, K: int, N: int, scales: str = "F16") -> Linear:
         """A quantized layer of this shape."""

@@ -6,10 +6,11 @@ and awqconv's CPU kernels on a host. Its result is a function of x [M, K] alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -156,3 +157,79 @@ PLATFORMS: dict[tuple[str, str], Callable[[Packed, Linear], Multiply | None]] = 
     ("xpu", "xpu"): _xpu,
     ("amx", "cpu"): _amx,
 }
+
+
+class Held:
+    """A function that a layer keeps for an op to find."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+
+
+class Handles:
+    """Functions by number, which compiled graphs call through ops that are opaque to them.
+
+    The number is a tensor: a graph's constants would outlive the layer.
+    """
+
+    def __init__(self) -> None:
+        self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()
+        self._next = 0
+
+    def hold(self, function: Callable[..., Tensor]) -> tuple[Held, Tensor]:
+        """What keeps the number alive, and the number."""
+        held, number = Held(function), self._next
+        self._held[number] = held
+        self._next += 1
+        return held, torch.tensor(number)
+
+    def __getitem__(self, handle: Tensor) -> Callable[..., Tensor]:
+        return self._held[int(handle)].function
+
+
+HANDLES = Handles()
+
+
+@torch.library.custom_op("awqconv::multiply", mutates_args=())
+def multiply(x: Tensor, handle: Tensor, N: int) -> Tensor:
+    """x [M, K] times the packed weight of `handle`: [M, N]."""
+    return HANDLES[handle](x)
+
+
+@multiply.register_fake
+def _(x: Tensor, handle: Tensor, N: int) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+@torch.library.custom_op("awqconv::mixture", mutates_args=())
+def mixture(x: Tensor, weights: Tensor, experts: Tensor, handle: Tensor) -> Tensor:
+    """sum over a row's experts [M, top] of weights [M, top] times expert(x [M, K]): [M, K]."""
+    return HANDLES[handle](x, weights, experts)
+
+
+@mixture.register_fake
+def _(x: Tensor, weights: Tensor, experts: Tensor, handle: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def gated_mixture(
+    up: Sequence[Multiply], down: Sequence[Multiply], local: Tensor | None
+) -> Callable[..., Tensor]:
+    """Experts w2(silu(gate) * up), `up` giving gate and up side by side.
+
+    `local` maps an expert's number to its place here, -1 where it is on another rank.
+    """
+
+    def run(x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        places = experts if local is None else local[experts.long()]
+        for place in torch.unique(places).tolist():
+            if place < 0:
+                continue
+            rows, slots = torch.where(places == place)
+            gate, value = up[place](x[rows]).chunk(2, -1)
+            part = down[place](torch.nn.functional.silu(gate) * value)
+            y.index_add_(0, rows, part.float() * weights[rows, slots, None].float())
+        return y.to(x.dtype)
+
+    return run

@@ -245,7 +245,7 @@ class AwqconvQuantizer(HfQuantizer):  # type: ignore[misc]
     def _layer(self, module: Module, K: int, N: int) -> PackedLinear:
         """A packed layer for a module. Raises AwqconvError where its tensors do not fit it."""
         meaning = self._meaning
-        target = meaning.layout_of(module.name)
+        target = meaning.named(meaning.fallback.get(module.name))
         scales = module.tensors.get("scales", ("F16", ()))[0]
         linear = meaning.linear(K, N, scales)
         if "bias" in module.tensors:
@@ -318,7 +318,7 @@ def _modules(
         by_module[owner][suffix] = header
     found = []
     for name, suffixes in by_module.items():
-        target = meaning.layout_of(name)
+        target = meaning.named(meaning.fallback.get(name))
         coded = [part.suffix for part in target.parts(meaning.linear(128, 128)) if part.of == "q"]
         if not coded or coded[0] not in suffixes:
             continue
