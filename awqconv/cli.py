@@ -99,6 +99,10 @@ def convert(
     ] = None,
     *,
     target: Annotated[str, typer.Option("--target", "-t", help="See `awqconv targets`.")],
+    form: Annotated[
+        str, typer.Option("--form", help="hf, or sglang-sharded: files for each rank.")
+    ] = "hf",
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks of the sharded form.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Refuse modules that would fall back.")
@@ -110,7 +114,9 @@ def convert(
     max_memory: Annotated[
         str | None, typer.Option("--max-memory", help="Resident memory to stay under: 400MB.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Bytes of one file at most.")
+    ] = "5GB",
     scale_dtype: Annotated[
         str, typer.Option("--scale-dtype", help="keep, float16, bfloat16 or float32.")
     ] = "keep",
@@ -123,12 +129,19 @@ def convert(
     from awqconv.conversion import check, default_dest, run
     from awqconv.hub import PREFIX, local_name, open_source
     from awqconv.plan import make_plan
+    from awqconv.serving.launch import launch_command
     from awqconv.targets import layout
 
     chosen = layout(target)
     opened = open_model(open_source(model))
     plan = make_plan(
-        opened, chosen, scale_dtype=scale_dtype, max_shard_size=max_shard_size, strict=strict
+        opened,
+        chosen,
+        form=form,
+        tp=tp,
+        scale_dtype=scale_dtype,
+        max_shard_size=max_shard_size,
+        strict=strict,
     )
     path = dest or default_dest(local_name(model), target)
     check(plan, path, overwrite=overwrite)
@@ -158,6 +171,8 @@ def convert(
     )
     source = [] if model.startswith(PREFIX) else ["--source", model]
     console.say(f"Verify it: {shlex.join(['awqconv', 'verify', str(path), *source])}")
+    for engine, command in launch_command(target, str(path), form, tp)[:1]:
+        console.say(f"Serve it ({engine}): {command}")
 
 
 @app.command()
@@ -399,6 +414,7 @@ def _plan_facts(plan: Plan, dest: Path) -> dict[str, Any]:
         "dest": str(dest),
         "target": plan.target.name,
         "form": plan.form,
+        "tp": plan.tp,
         "nbytes": plan.nbytes,
         "files": [{"name": f.name, "size": f.size} for f in plan.files],
         "copies": list(plan.copies),
