@@ -440,7 +440,7 @@ class _Check:
         x = bounds.activations(ROWS, linear.K, sample.random)
         was = replace(module.original().linear, N=sample.width)
         weight = _weight(sample.rows, was, linear.scales)["w"]
-        exact = x.astype(np.float64) @ weight
+        exact = bounds.product(x, weight)
         y = cpu.gemm(x, packed, target, linear)
         return bounds.judge(y, exact, x, weight, target, linear)
 

@@ -90,24 +90,38 @@ def activations(M: int, K: int, random: np.random.Generator) -> NDArray[np.float
     return x
 
 
+def product(x: NDArray[Any], w: NDArray[Any]) -> Doubles:
+    """x [M, K] @ w [K, n] in float64.
+
+    In pieces that BLAS gives to no threads of its own: its threads wait for one another, and
+    modules are verified in threads already.
+    """
+    step = max(1, 200_000 // max(1, len(x) * w.shape[1]))
+    total = np.zeros((len(x), w.shape[1]))
+    for k in range(0, len(w), step):
+        total += x[:, k : k + step].astype(np.float64) @ w[k : k + step].astype(np.float64)
+    return total
+
+
 def elementwise(
     x: NDArray[Any], w: NDArray[Any], arithmetic: Arithmetic, bias: NDArray[Any] | None = None
 ) -> Doubles:
     """The bound on |y - (x @ w + bias)|, float64 [M, n], for x [M, K], w [K, n], bias [n]."""
     size_x, size_w = np.abs(x, dtype=np.float64), np.abs(w, dtype=np.float64)
-    size = size_x @ size_w  # of the terms summed
+    size = product(size_x, size_w)  # of the terms summed
     error: Doubles = np.zeros_like(size)
     if arithmetic.int8:
         codes, step = quantize_rows(np.asarray(x, np.float32))
         rounded = (codes.astype(np.float64) - 128) * step[:, None]
-        error += np.minimum(abs(rounded - x), step[:, None] / 2 + 4 * UNIT["F32"] * size_x) @ size_w
+        moved = np.minimum(abs(rounded - x), step[:, None] / 2 + 4 * UNIT["F32"] * size_x)
+        error += product(moved, size_w)
     for dtype in arithmetic.weight:
         error += UNIT[dtype] * (size + error) + ETA[dtype] * size_x.sum(1, keepdims=True)
     if bias is not None:
         size += np.abs(bias)
     error += arithmetic.gamma * (size + error)
     error += 2 * ETA["F32"] * x.shape[1] * (1 + size_x.max(1, keepdims=True))
-    exact = np.abs(x.astype(np.float64) @ w + (0 if bias is None else bias))
+    exact = np.abs(product(x, w) + (0 if bias is None else bias))
     for dtype in arithmetic.output:
         error += UNIT[dtype] * (exact + error) + ETA[dtype]
     return error
