@@ -24,7 +24,7 @@ __all__ = ["dequantize", "gemm", "grouped_gemm"]
 
 # From this many rows on a pass of dequantization and a dense product are faster than the fused
 # kernel (benchmarks/gemm_h200.md).
-DENSE_ROWS = 129
+DENSE_ROWS = 65
 
 
 def _weight(
@@ -69,7 +69,7 @@ def gemm(
     """y [M, N] = x @ ((q - z) * s) + bias in x's dtype, summed in float32.
 
     x: float16 or bfloat16 [M, K]; packed: the module's tensors by suffix; bias [N], any float.
-    Up to 128 rows words go straight to the tensor cores; for more, w is dequantized to x's dtype
+    Up to 64 rows words go straight to the tensor cores; for more, w is dequantized to x's dtype
     and multiplied by the vendor's GEMM. Raises AwqconvError for shapes that do not match.
     """
     _rows(x, linear)

@@ -1,64 +1,133 @@
 """w = (q - z) * s from packed words, any layout: one kernel, its constants from the pattern.
 
-A program writes a tile of w [BK, BN] and finds each code by its position, a sum of its k's and
-its n's offset (`address.line`).
+A program reads a tile of words [BN, BK] as the GEMM does. The matrices of its nibbles are put in
+the order of n by regrouping digits, as the pattern does, so that whole rows of w are written; a
+nibble's k side only selects the rows.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from awqconv.kernels.triton.address import line
-from awqconv.kernels.triton.gemm import Plan, place, zero_point
+from awqconv.kernels.triton.address import Side
+from awqconv.kernels.triton.gemm import Plan, centred, decode, extraction, fetch, folds, place
 
 
 @triton.jit
 def dequant_kernel(  # type: ignore[no-untyped-def]
-    words, zeros, scales, out, K, N, g, words_expert, zeros_expert, scales_expert,
-    qk_stride, qn_stride, zg_stride, zn_stride, sg_stride, sn_stride,
-    qk: tl.constexpr, qn: tl.constexpr, zg: tl.constexpr, zn: tl.constexpr,
-    z_form: tl.constexpr, sg: tl.constexpr, sn: tl.constexpr, xor: tl.constexpr,
-    BK: tl.constexpr, BN: tl.constexpr,
+    words, zeros, scales, out, K, N, k_words, n_words, g,
+    words_expert, zeros_expert, scales_expert,
+    k_word_stride, n_word_stride, k_index_stride, n_index_stride,
+    zg_stride, zn_stride, sg_stride, sn_stride,
+    k_word: tl.constexpr, k_index: tl.constexpr, k_shift: tl.constexpr, k_offset: tl.constexpr,
+    n_word: tl.constexpr, n_index: tl.constexpr, n_shift: tl.constexpr, n_offset: tl.constexpr,
+    zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr, sn: tl.constexpr,
+    xor: tl.constexpr, extract: tl.constexpr, digits: tl.constexpr, order: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one expert's w [K, N]. Each constexpr line goes with its stride argument."""
+    """One tile of one expert's w [K, N].
+
+    `digits`: sizes of the axes (k word rows, n digits, n nibbles) and `order` their order by
+    weight in k and n; empty where the digits of n are no powers of two or too many.
+    """
+    JN: tl.constexpr = len(n_shift)
+    dtype: tl.constexpr = out.dtype.element_ty
     expert = tl.program_id(2).to(tl.int64)
     words += expert * words_expert
     zeros += expert * zeros_expert
     scales += expert * scales_expert
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    mask = (k < K)[:, None] & (n < N)[None, :]
-    k_in, n_in = tl.minimum(k, K - 1), tl.minimum(n, N - 1)
-    at = place(k_in, qk_stride, qk)[:, None] + place(n_in, qn_stride, qn)[None, :]
-    q = ((tl.load(words + (at >> 3)) >> ((at & 7) * 4)) & 15) ^ xor
-    z_at = place(k_in // g, zg_stride, zg)[:, None] + place(n_in, zn_stride, zn)[None, :]
-    s_at = place(k_in // g, sg_stride, sg)[:, None] + place(n_in, sn_stride, sn)[None, :]
-    w = (q - 8).to(tl.float32) - zero_point(zeros, z_at, z_form)
-    w *= tl.load(scales + s_at).to(tl.float32)
-    out += expert * K * N + k.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out, w.to(out.dtype.element_ty), mask)
+    out += expert * K * N
+    n_row = tl.program_id(0) * BN + tl.arange(0, BN)
+    k_row = tl.program_id(1) * BK + tl.arange(0, BK)
+    n_in, k_in = n_row < n_words, k_row < k_words
+    n_row, k_row = tl.minimum(n_row, n_words - 1), tl.minimum(k_row, k_words - 1)
+    n = place(n_row, n_index_stride, n_index)
+    k = place(k_row, k_index_stride, k_index)
+    at = place(k_row, k_word_stride, k_word)[:, None] + place(n_row, n_word_stride, n_word)[None, :]
+    w = tl.load(words + at)
+    if FOLD:
+        group = tl.program_id(1) * (BK * len(k_shift)) // g
+        zs = fetch(zeros, scales, group, n[None, :], zg_stride, zn_stride, sg_stride, sn_stride,
+                   zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
+        zs = decode(zs, group, n[None, :], zg_stride, zn_stride, zg, zn, z_form, n_offset)
+    for jk in tl.static_range(len(k_shift)):
+        row = k + k_offset[jk]
+        if not FOLD:
+            groups = (row // g)[:, None]
+            zs = fetch(zeros, scales, groups, n[None, :], zg_stride, zn_stride, sg_stride,
+                       sn_stride, zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
+            zs = decode(zs, groups, n[None, :], zg_stride, zn_stride, zg, zn, z_form, n_offset)
+        values = ()
+        for jn in tl.static_range(JN):
+            q = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype).to(tl.float32)
+            values += (((q - zs[2 * jn]) * zs[2 * jn + 1]).to(dtype),)
+        target = out + row.to(tl.int64)[:, None] * N
+        if len(order) > 0:
+            for halving in tl.static_range(1, 4):  # JN of [BK, BN] to one [BK, BN, 2, ...]
+                if JN >> halving > 0:
+                    pairs = ()
+                    for jn in tl.static_range(JN >> halving):
+                        pairs += (tl.join(values[jn], values[jn + (JN >> halving)]),)
+                    values = pairs
+            tile = tl.reshape(values[0], digits)
+            tile = tl.permute(tile, order[0], order[1], order[2], order[3], order[4], order[5])
+            tile = tl.reshape(tile, (BK, BN * JN))
+            column = tl.program_id(0) * (BN * JN) + tl.arange(0, BN * JN)
+            tl.store(target + column[None, :], tile, k_in[:, None] & (column < N)[None, :])
+        else:
+            for jn in tl.static_range(JN):
+                column = (n + n_offset[jn])[None, :]
+                tl.store(target + column, values[jn], k_in[:, None] & n_in[None, :])
+
+
+@cache
+def regrouping(side: Side, BK: int, BN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`digits` and `order` of `dequant_kernel` for tiles of BN word rows; empty if they are none."""
+    inner = list(zip(side.index.inner[1::3], side.index.inner[2::3], strict=True))
+    sizes = [size for size, _ in inner]
+    if any(size & size - 1 for size in (*sizes, len(side.offset))) or BN % prod(sizes):
+        return (), ()
+    # Slowest first: the word rows' outermost digit, the inner ones, the nibbles'.
+    axes = [(BN // prod(sizes), side.index.stride), *reversed(inner)]
+    width = len(side.offset)
+    while width > 1:
+        width //= 2
+        axes.append((2, side.offset[width]))
+    axes += [(1, 0)] * (5 - len(axes))
+    order = sorted(range(len(axes)), key=lambda i: -axes[i][1])
+    if len(axes) > 5:
+        return (), ()
+    return (BK, *(size for size, _ in axes)), (0, *(i + 1 for i in order))
 
 
 def launch(
     words: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, own: Plan, dtype: torch.dtype
 ) -> torch.Tensor:
     """w [E, K, N] from words int32, zeros (bytes where coded) and scales, each with leading E."""
-    linear, layout = own.linear, own.q.layout(own.linear)
-    K, N, E = linear.K, linear.N, len(words)
-    qk, qn = line(layout, 0), line(layout, 1)
-    out = torch.empty(E, K, N, dtype=dtype, device=words.device)
-    names = ("zg", "zn", "z_form", "sg", "sn", "xor")
-    constants: dict[str, Any] = {name: own.constants[name] for name in names}
-    strides = {name: own.strides[name] for name in own.strides if name[0] in "zs"}
-    BK, BN = 16, 128
-    dequant_kernel[(triton.cdiv(N, BN), triton.cdiv(K, BK), E)](
-        words, zeros, scales, out, K, N, linear.g,
-        words.stride(0), zeros.stride(0), scales.stride(0),
-        qk_stride=qk.stride, qn_stride=qn.stride, **strides,
-        qk=(qk.outer, *qk.inner), qn=(qn.outer, *qn.inner), **constants, BK=BK, BN=BN,
+    linear, k, n = own.linear, own.codes.k, own.codes.n
+    E, JN = len(words), len(n.offset)
+    out = torch.empty(E, linear.K, linear.N, dtype=dtype, device=words.device)
+    BN = max(n.run, 128 // JN)
+    BN = triton.next_power_of_2(BN)
+    BK = max(32, 2048 // BN)
+    while BK > 1 and not folds(k, BK, linear.g):
+        BK //= 2
+    fold = folds(k, BK, linear.g)
+    digits, order = regrouping(n, BK, BN)
+    # Two words to an instruction, so two to a thread, of numbers that have 16 bits.
+    paired = dtype in (torch.float16, torch.bfloat16) and BN * BK >= 256
+    nvidia = paired and words.device.type == "cuda" and torch.version.cuda is not None
+    constants: dict[str, Any] = dict(own.constants)
+    dequant_kernel[(triton.cdiv(n.words, BN), triton.cdiv(k.words, BK), E)](
+        words, zeros, scales, out, linear.K, linear.N, k.words, n.words, linear.g,
+        words.stride(0), zeros.stride(0), scales.stride(0), **own.strides, **constants,
+        extract=extraction(dtype, own.q.xor) if nvidia else (),
+        digits=digits, order=order, BN=BN, BK=BK, FOLD=fold,
     )  # fmt: skip
     return out

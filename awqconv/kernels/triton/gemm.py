@@ -37,17 +37,6 @@ def place(index, stride, rule: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def zero_point(ptr, at, form: tl.constexpr):  # type: ignore[no-untyped-def]
-    """z - 8 as float32. `form`: (coded, xor, 0), `at` in nibbles, or (not, sign, offset), in elements."""
-    if form[0]:
-        byte = tl.load(ptr + (at >> 1)).to(tl.int32)
-        z = ((((byte >> ((at & 1) * 4)) & 15) ^ form[1]) - 8).to(tl.float32)
-    else:
-        z = (tl.load(ptr + at).to(tl.float32) - form[2]) * form[1] - 8
-    return z
-
-
-@triton.jit
 def centred(
     words, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
 ):  # type: ignore[no-untyped-def]
@@ -78,32 +67,96 @@ def multiply(a, b, acc, extract: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @cache
 def extraction(dtype: torch.dtype, xor: int) -> tuple[str, ...]:
-    """PTX of `centred`, a text for each nibble: 16 codes of two words in 24 instructions.
+    """PTX of `centred`, a text for each nibble: 16 codes of two words in about 20 instructions.
 
-    The codes of both words at one nibble are or-ed into the mantissas of a pair of numbers.
+    The codes of both words at one nibble are or-ed into the mantissas of a pair of numbers, which
+    then hold 1024 + q, or 1024 + 16 q for every second nibble (bfloat16: 128 + q).
     """
-    bits, subtract = {
-        torch.float16: (0x6400, "mov.b32 c, 0xe408e408; add.f16x2 $0, t, c;"),  # 1024 + q - 1032
-        torch.bfloat16: (0x4300, "mov.b32 one, 0x3f803f80; mov.b32 c, 0xc308c308; "
-                                 "fma.rn.bf16x2 $0, t, one, c;"),  # 128 + q - 136
-    }[dtype]  # fmt: skip
     texts = []
     for nibble in range(8):
         halves = "0x5410" if nibble < 4 else "0x7632"  # the lower or the upper half of both words
+        shift, low = nibble % 4 * 4, 0
+        if dtype == torch.float16:
+            shift, low = nibble % 4 // 2 * 8, nibble % 2 * 4
+        mask, magic = 15 << low, (0x4300 if dtype == torch.bfloat16 else 0x6400) ^ xor << low
         texts.append(
-            f"{{ .reg .b32 t, one, c; prmt.b32 t, $1, $2, {halves}; "
-            f"shr.u32 t, t, {nibble % 4 * 4}; "
-            f"lop3.b32 t, t, 0x000f000f, {(bits ^ xor) * 0x10001:#x}, 0x6a; "  # (t & 15) ^ bits
-            f"{subtract} }}"
+            f"{{ .reg .b32 t, a, c; prmt.b32 t, $1, $2, {halves}; shr.u32 t, t, {shift}; "
+            f"lop3.b32 t, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0x6a; "  # (t & mask) ^ magic
         )
+        if dtype == torch.bfloat16:  # t * 1 - 136
+            texts[-1] += "mov.b32 a, 0x3f803f80; mov.b32 c, 0xc308c308; fma.rn.bf16x2 $0, t, a, c; }"
+        elif low:  # t / 16 - 72
+            texts[-1] += "mov.b32 a, 0x2c002c00; mov.b32 c, 0xd480d480; fma.rn.f16x2 $0, t, a, c; }"
+        else:  # t - 1032
+            texts[-1] += "mov.b32 c, 0xe408e408; add.f16x2 $0, t, c; }"
     return tuple(texts)
 
 
-@triton.jit(do_not_specialize=["M", "splits", "chunks"])
+@triton.jit
+def arrange_kernel(  # type: ignore[no-untyped-def]
+    x, out, sums, M, k_words, k_index_stride, k_index: tl.constexpr, k_offset: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] to out [M, chunks, jk, BK], zero beyond K, and its sums float32 [chunks, M]."""
+    if CHAIN:
+        tl.extra.cuda.gdc_launch_dependents()
+    JK: tl.constexpr = len(k_offset)
+    chunk = tl.program_id(0)
+    m = tl.program_id(1) * BM + tl.arange(0, BM)
+    row = chunk * BK + tl.arange(0, BK)
+    mask = (m < M)[:, None] & (row < k_words)[None, :]
+    k = place(row, k_index_stride, k_index)
+    x += m[:, None].to(tl.int64) * (k_words * JK) + k[None, :]
+    out += m[:, None].to(tl.int64) * (tl.num_programs(0) * JK * BK) + chunk * JK * BK
+    total = tl.zeros((BM,), tl.float32)
+    for jk in tl.static_range(JK):
+        value = tl.load(x + k_offset[jk], mask, other=0.0)
+        total += tl.sum(value.to(tl.float32), 1)
+        tl.store(out + jk * BK + tl.arange(0, BK)[None, :], value, (m < M)[:, None])
+    tl.store(sums + chunk * M + m, total, m < M)
+
+
+@triton.jit
+def fetch(zeros, scales, group, n, zg_stride, zn_stride, sg_stride, sn_stride,
+          zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr,
+          sn: tl.constexpr, n_offset: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Zero points and scales as stored, of groups and columns, for every jn: z, s, z, s, ..."""
+    z_group = place(group, zg_stride, zg)
+    s_group = place(group, sg_stride, sg)
+    out = ()
+    for jn in tl.static_range(len(n_offset)):
+        at = z_group + place(n + n_offset[jn], zn_stride, zn)
+        out += (tl.load(zeros + (at >> 1 if z_form[0] else at)),)
+        out += (tl.load(scales + s_group + place(n + n_offset[jn], sn_stride, sn)),)
+    return out
+
+
+@triton.jit
+def decode(stored, group, n, zg_stride, zn_stride, zg: tl.constexpr, zn: tl.constexpr,
+           z_form: tl.constexpr, n_offset: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+    """What `fetch` returned as float32, zero points less 8.
+
+    `z_form`: (coded, xor, 0), each zero point in the nibble of its position, else
+    (not coded, sign, offset).
+    """
+    z_group = place(group, zg_stride, zg)
+    out = ()
+    for jn in tl.static_range(len(n_offset)):
+        z = stored[2 * jn]
+        if z_form[0]:
+            at = z_group + place(n + n_offset[jn], zn_stride, zn)
+            z = (((z.to(tl.int32) >> ((at & 1) * 4)) & 15) ^ z_form[1]).to(tl.float32)
+        else:
+            z = (z.to(tl.float32) - z_form[2]) * z_form[1]
+        out += (z - 8, stored[2 * jn + 1].to(tl.float32))
+    return out
+
+
+@triton.jit(do_not_specialize=["M", "jobs", "per"])
 def gemm_kernel(  # type: ignore[no-untyped-def]
-    x, words, zeros, scales, bias, y, partial, counters, blocks,
-    M, N, k_words, n_words, g, chunks, splits,
-    x_row, words_expert, zeros_expert, scales_expert,
+    x, sums, words, zeros, scales, bias, y, partial, counters, blocks,
+    M, N, k_words, n_words, g, jobs, per,
+    words_expert, zeros_expert, scales_expert,
     k_word_stride, n_word_stride, k_index_stride, n_index_stride,
     zg_stride, zn_stride, sg_stride, sn_stride,
     k_word: tl.constexpr, k_index: tl.constexpr, k_shift: tl.constexpr, k_offset: tl.constexpr,
@@ -111,121 +164,139 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
     zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr, sn: tl.constexpr,
     xor: tl.constexpr, extract: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ARRANGED: tl.constexpr,
-    GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of y: `blocks` int32 [blocks, 3] (expert, first row, end row) where GROUPED.
+    """`per` chunks of BK word rows, of one or more jobs; a job is one tile of y.
 
-    Each constexpr (outer, *inner) with its stride argument is a `Line`. `chunks`: tiles of BK
-    word rows that one split sums. ARRANGED: x is [M, jk, k words], else [M, K].
+    x [M, chunks, jk, BK] and its sums [chunks, M] as `arrange_kernel` leaves them. Each constexpr
+    line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is int32
+    [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
     """
+    if CHAIN:
+        tl.extra.cuda.gdc_wait()
     JK: tl.constexpr = len(k_shift)
     JN: tl.constexpr = len(n_shift)
-    dtype = x.dtype.element_ty
-    tiles = tl.cdiv(n_words, BN)
-    tile = tl.program_id(0) % tiles
-    block = tl.program_id(0) // tiles
-    split = tl.program_id(1)
-    row, end = block * BM, M
-    if GROUPED:
-        expert = tl.load(blocks + block * 3).to(tl.int64)
-        row = tl.load(blocks + block * 3 + 1)
-        end = tl.load(blocks + block * 3 + 2)
-        words += expert * words_expert
-        zeros += expert * zeros_expert
-        scales += expert * scales_expert
-    m = row + tl.arange(0, BM)
-    m_in = m < end
-    n_row = tile * BN + tl.arange(0, BN)
-    n_in = n_row < n_words
-    n_row_in = n_row if EVEN_N else tl.minimum(n_row, n_words - 1)
-    n = place(n_row_in, n_index_stride, n_index)
-    words += place(n_row_in, n_word_stride, n_word)[:, None]
-    x += m[None, :].to(tl.int64) * x_row
+    AHEAD: tl.constexpr = FOLD and JN <= 2 and BM <= 16
+    dtype: tl.constexpr = x.dtype.element_ty
+    chunks = tl.cdiv(k_words, BK)
+    row_blocks = jobs // tl.cdiv(n_words, BN)
+    start = tl.program_id(0) * per
+    stop = tl.minimum(start + per, jobs * chunks)
+    for job in range(start // chunks, tl.cdiv(stop, chunks)):
+        row, end = job % row_blocks * BM, M
+        words_job, zeros_job, scales_job = words, zeros, scales
+        if GROUPED:
+            expert = tl.load(blocks + job % row_blocks * 3).to(tl.int64)
+            row = tl.load(blocks + job % row_blocks * 3 + 1)
+            end = tl.load(blocks + job % row_blocks * 3 + 2)
+            words_job += expert * words_expert
+            zeros_job += expert * zeros_expert
+            scales_job += expert * scales_expert
+        m = row + tl.arange(0, BM)
+        m_in = m < end
+        n_row = job // row_blocks * BN + tl.arange(0, BN)
+        n_in = n_row < n_words
+        n_row_in = n_row if EVEN_N else tl.minimum(n_row, n_words - 1)
+        n = place(n_row_in, n_index_stride, n_index)
+        words_n = words_job + place(n_row_in, n_word_stride, n_word)[:, None]
+        x_rows = x + m[None, :].to(tl.int64) * (chunks * JK * BK) + tl.arange(0, BK)[:, None]
 
-    ones = tl.full((BN, BK), 1.0, tl.float32).to(dtype)
-    acc = ()
-    for _ in tl.static_range(JN):
-        acc += (tl.zeros((BN, BM), tl.float32),)
-    for chunk in tl.range(split * chunks, tl.minimum((split + 1) * chunks, tl.cdiv(k_words, BK)),
-                          num_stages=STAGES):  # fmt: skip
-        k_row = chunk * BK + tl.arange(0, BK)
-        k_in = k_row < k_words
-        k_row_in = k_row if EVEN_K else tl.minimum(k_row, k_words - 1)
-        w = tl.load(words + place(k_row_in, k_word_stride, k_word)[None, :])
-        k = place(k_row_in, k_index_stride, k_index)
-        parts = ()
-        ones_x = tl.zeros((BN, BM), tl.float32)
-        if FOLD:
-            for jn in tl.static_range(JN):
-                parts += (tl.zeros((BN, BM), tl.float32),)
-        else:
-            parts = acc
-        for jk in tl.static_range(JK):
-            x_at = jk * k_words + k_row if ARRANGED else k + k_offset[jk]
-            x_in = m_in[None, :] if EVEN_K else m_in[None, :] & k_in[:, None]
-            xt = tl.load(x + x_at[:, None], x_in, other=0.0)
-            sums = ()
-            for jn in tl.static_range(JN):
-                weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
-                if not FOLD:
-                    groups = ((k + k_offset[jk]) // g)[None, :]
-                    columns = (n + n_offset[jn])[:, None]
-                    z_at = place(groups, zg_stride, zg) + place(columns, zn_stride, zn)
-                    s_at = place(groups, sg_stride, sg) + place(columns, sn_stride, sn)
-                    weight = weight.to(tl.float32) - zero_point(zeros, z_at, z_form)
-                    weight = (weight * tl.load(scales + s_at)).to(dtype)
-                sums += (multiply(weight, xt, parts[jn], extract),)
-            parts = sums
+        acc = ()
+        for _ in tl.static_range(JN):
+            acc += (tl.zeros((BN, BM), tl.float32),)
+        first = tl.maximum(start, job * chunks) - job * chunks
+        last = tl.minimum(stop, (job + 1) * chunks) - job * chunks
+        if AHEAD:
+            stored = fetch(zeros_job, scales_job, first * (BK * JK) // g, n, zg_stride, zn_stride,
+                           sg_stride, sn_stride, zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
+        for chunk in tl.range(first, last, num_stages=STAGES):
+            k_row = chunk * BK + tl.arange(0, BK)
+            k_row = k_row if EVEN_K else tl.minimum(k_row, k_words - 1)
+            w = tl.load(words_n + place(k_row, k_word_stride, k_word)[None, :])
             if FOLD:
-                ones_x = multiply(ones, xt, ones_x, extract)
-        if FOLD:
-            group = chunk * (BK * JK) // g
-            z_group = place(group, zg_stride, zg)
-            s_group = place(group, sg_stride, sg)
-            sums = ()
-            for jn in tl.static_range(JN):
-                z_at = z_group + place(n + n_offset[jn], zn_stride, zn)
-                s_at = s_group + place(n + n_offset[jn], sn_stride, sn)
-                z = zero_point(zeros, z_at, z_form)[:, None]
-                s = tl.load(scales + s_at).to(tl.float32)[:, None]
-                sums += (acc[jn] + (parts[jn] - z * ones_x) * s,)
-            parts = sums
-        acc = parts
+                parts = ()
+                for _ in tl.static_range(JN):
+                    parts += (tl.zeros((BN, BM), tl.float32),)
+                total = tl.load(sums + chunk * M + m, m_in, other=0.0)[None, :]
+                # Few columns a thread: fetch the next chunk's numbers while this one is multiplied.
+                ahead = tl.minimum(chunk + 1, last - 1) if AHEAD else chunk
+                after = fetch(zeros_job, scales_job, ahead * (BK * JK) // g, n, zg_stride,
+                              zn_stride, sg_stride, sn_stride, zg, zn, z_form, sg, sn,
+                              n_offset)  # fmt: skip
+                zs = decode(stored if AHEAD else after, chunk * (BK * JK) // g, n, zg_stride,
+                            zn_stride, zg, zn, z_form, n_offset)  # fmt: skip
+            else:
+                parts = acc
+            for jk in tl.static_range(JK):
+                xt = tl.load(x_rows + (chunk * JK + jk) * BK, m_in[None, :], other=0.0)
+                if not FOLD:
+                    group = (place(k_row, k_index_stride, k_index) + k_offset[jk]) // g
+                    zs = fetch(zeros_job, scales_job, group[None, :], n[:, None], zg_stride,
+                               zn_stride, sg_stride, sn_stride, zg, zn, z_form, sg, sn,
+                               n_offset)  # fmt: skip
+                    zs = decode(zs, group[None, :], n[:, None], zg_stride, zn_stride, zg, zn,
+                                z_form, n_offset)  # fmt: skip
+                products = ()
+                for jn in tl.static_range(JN):
+                    weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                    if not FOLD:
+                        z, s = zs[2 * jn], zs[2 * jn + 1]
+                        weight = ((weight.to(tl.float32) - z) * s).to(dtype)
+                    products += (multiply(weight, xt, parts[jn], extract),)
+                parts = products
+            if FOLD:
+                scaled = ()
+                for jn in tl.static_range(JN):
+                    part = parts[jn] - zs[2 * jn][:, None] * total
+                    scaled += (acc[jn] + part * zs[2 * jn + 1][:, None],)
+                acc = scaled
+                if AHEAD:
+                    stored = after
+            else:
+                acc = parts
 
-    if SPLIT:
-        # Parts lie [split, m, jn, n word row]: the order of the accumulators, whatever n is.
-        part = partial + m[None, :].to(tl.int64) * N + n_row[:, None]
+        # Programs that share this job: the one that starts it, and each multiple of `per` inside.
+        before = job * chunks // per
+        sharers = (job * chunks + chunks - 1) // per - before + 1
         mask = n_in[:, None] & m_in[None, :]
-        for jn in tl.static_range(JN):
-            at = part + split.to(tl.int64) * M * N + jn * n_words
-            tl.store(at, acc[jn], mask)
-        tl.debug_barrier()
-        last = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel") == splits - 1
-        if last:
-            tl.store(counters + tl.program_id(0), 0)
-            total = gather(part, mask, n_words, M * N, splits, BN, BM, JN)
-            finish(total, y, bias, m, n, n_in, m_in, N, n_offset, BIAS)
-    else:
-        finish(acc, y, bias, m, n, n_in, m_in, N, n_offset, BIAS)
+        if SPLIT:
+            if sharers == 1:
+                finish(acc, y, bias, m, n, mask, N, n_offset, BIAS)
+            else:
+                # Parts lie [sharer, m, jn, word row]: the order of acc, whatever the order of n.
+                part = partial + m[None, :].to(tl.int64) * N + n_row[:, None]
+                own = part + (tl.program_id(0) - before).to(tl.int64) * M * N
+                for jn in tl.static_range(JN):
+                    tl.store(own + jn * n_words, acc[jn], mask)
+                tl.debug_barrier()
+                if tl.atomic_add(counters + job, 1, sem="acq_rel") == sharers - 1:
+                    tl.store(counters + job, 0)
+                    summed = gather(part, mask, n_words, M * N, sharers, BN, BM, JN)
+                    finish(summed, y, bias, m, n, mask, N, n_offset, BIAS)
+        else:
+            finish(acc, y, bias, m, n, mask, N, n_offset, BIAS)
 
 
 @triton.jit
-def gather(part, mask, step, size, splits, BN: tl.constexpr, BM: tl.constexpr, JN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The accumulators summed over the splits, `size` elements apart."""
+def gather(part, mask, step, size, sharers, BN: tl.constexpr, BM: tl.constexpr, JN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The accumulators summed over their sharers, `size` elements apart."""
     acc = ()
-    for jn in tl.static_range(JN):
-        total = tl.zeros((BN, BM), tl.float32)
-        at = part + jn * step
-        for _ in range(splits):
-            total += tl.load(at, mask, other=0.0, cache_modifier=".cg")
-            at += size
-        acc += (total,)
+    for _ in tl.static_range(JN):
+        acc += (tl.zeros((BN, BM), tl.float32),)
+    for _ in tl.range(0, sharers, loop_unroll_factor=4 if JN * BM <= 64 else 1):
+        total = ()
+        for jn in tl.static_range(JN):
+            loaded = tl.load(part + jn * step, mask, other=0.0, cache_modifier=".cg")
+            total += (acc[jn] + loaded,)
+        acc = total
+        part += size
     return acc
 
 
 @triton.jit
-def finish(acc, y, bias, m, n, n_in, m_in, N, n_offset: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def finish(acc, y, bias, m, n, mask, N, n_offset: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write the accumulators, plus bias, to their columns of y [M, N]."""
     for jn in tl.static_range(len(n_offset)):
         column = n + n_offset[jn]
@@ -233,7 +304,7 @@ def finish(acc, y, bias, m, n, n_in, m_in, N, n_offset: tl.constexpr, BIAS: tl.c
         if BIAS:
             total += tl.load(bias + column).to(tl.float32)[:, None]
         at = m[None, :].to(tl.int64) * N + column[:, None]
-        tl.store(y + at, total.to(y.dtype.element_ty), n_in[:, None] & m_in[None, :])
+        tl.store(y + at, total.to(y.dtype.element_ty), mask)
 
 
 @dataclass(frozen=True)
@@ -243,9 +314,10 @@ class Tile:
     BM: int
     BN: int  # word rows along n: a tile covers BN * len(n.shift) columns
     BK: int  # word rows along k
-    warps: int = 4
-    stages: int = 4
-    programs: int = 8  # that K is split to fill
+    warps: int
+    stages: int
+    programs: int  # that the work is divided into
+    registers: int | None = None  # of a thread, at most
 
 
 @dataclass(frozen=True)
@@ -303,15 +375,8 @@ def folds(side: Side, BK: int, g: int) -> bool:
 
 
 @cache
-def order(side: Side, device: torch.device) -> torch.Tensor:
-    """The k of each (jk, word row), int64 [K]: the order that the kernel reads x in."""
-    rows = [side.index(i) for i in range(side.words)]
-    return torch.tensor([k + offset for offset in side.offset for k in rows], device=device)
-
-
-@cache
 def _counters(device: torch.device, stream: int) -> torch.Tensor:
-    """Arrivals of each tile's splits; a launch leaves them zero, so that a stream shares one."""
+    """Arrivals at each shared job; a launch leaves them zero, so those of a stream share one."""
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
@@ -324,13 +389,25 @@ def multiprocessors() -> int:
 
 
 def choose(own: Codes, M: int, g: int) -> Tile:
-    """The tile for M rows: a small table, measured (benchmarks/gemm_h200.md)."""
-    JK = len(own.k.offset)
-    BM = 8 if M <= 8 else min(64, triton.next_power_of_2(M))
-    BK = 16
-    while BK * JK < 128 and not (folds(own.k, BK, g) and not folds(own.k, 2 * BK, g)):
-        BK *= 2
-    return Tile(BM, 64, BK, programs=4 * multiprocessors())
+    """The tile for M rows: a small table, measured (benchmarks/gemm_h200.md).
+
+    What matters is JN, the accumulators a word feeds, and how many rows of x there are.
+    """
+    JN, JK = len(own.n.offset), len(own.k.offset)
+    BM = 8 if M <= 8 else min(32 if JN > 2 else 64, triton.next_power_of_2(M))
+    BN, warps, resident, registers = 64, 4, 2, None
+    if JN > 2:
+        BN = 32 if BM == 16 else 64
+        warps, resident = (8, 1) if BM > 16 else (4, 2)
+    elif BM == 8:
+        warps, resident = 2, 4 if JN == 2 else 5
+    elif JN == 1:
+        BN = 128 if BM == 16 else 64
+        resident, registers = 3, 168
+    BK = max(16, 128 // JK)
+    while BK > 16 and not folds(own.k, BK, g):
+        BK //= 2
+    return Tile(BM, BN, BK, warps, 3, resident * multiprocessors(), registers)
 
 
 def launch(
@@ -341,37 +418,47 @@ def launch(
     bias: torch.Tensor | None = None,
     blocks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run `gemm_kernel`. `blocks` int32 [blocks, 3]: expert, first row, end row of each row tile."""
+    """Arrange x and multiply. `blocks` int32 [row blocks, 3]: expert, first row, end row."""
     (M, _), N, device = x.shape, own.linear.N, x.device
     k, n = own.codes.k, own.codes.n
-    arranged = M > 16 and k.offset != (0,)
-    x = x.index_select(1, order(k, device)) if arranged else x.contiguous()
     words = packed[own.q.suffix].view(torch.int32)
     zeros, scales = packed[own.z.suffix], packed[own.s.suffix]
     zeros = zeros.view(torch.uint8) if own.z.coded else zeros
-    tiles = triton.cdiv(n.words, tile.BN)
-    tiles *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
     chunks = triton.cdiv(k.words, tile.BK)
-    per = triton.cdiv(chunks, max(1, min(tile.programs // tiles, 16)))
-    splits = triton.cdiv(chunks, per)
+    span = tile.BK * len(k.offset)
+    arranged = torch.empty(M, chunks * span, dtype=x.dtype, device=device)
+    sums = torch.empty(chunks, M, dtype=torch.float32, device=device)
+    nvidia = device.type == "cuda" and torch.version.cuda is not None
+    chain = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
+    k_index = {name: own.constants[name] for name in ("k_index", "k_offset")}
+    arrange_kernel[(chunks, triton.cdiv(M, 4))](
+        x.contiguous(), arranged, sums, M, k.words, own.strides["k_index_stride"], **k_index,
+        BM=4, BK=tile.BK, CHAIN=chain,
+    )  # fmt: skip
+    jobs = triton.cdiv(n.words, tile.BN)
+    jobs *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
+    per = triton.cdiv(jobs * chunks, tile.programs)
+    if jobs >= 8 * tile.programs:
+        per = triton.cdiv(per, chunks) * chunks
+    shared = per % chunks != 0
     y = torch.empty(M, N, dtype=x.dtype, device=device)
     partial, counters = y, y
-    if splits > 1:
-        partial = torch.empty(splits, M, N, dtype=torch.float32, device=device)
+    if shared:
+        sharers = min(chunks, triton.cdiv(chunks - 1, per) + 1)
+        partial = torch.empty(sharers, M, N, dtype=torch.float32, device=device)
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         counters = _counters(device, stream)
-    gpu = device.type == "cuda" and torch.version.cuda is not None
-    gemm_kernel[(tiles, splits)](
-        x, words, zeros, scales, y if bias is None else bias, y, partial, counters,
-        x if blocks is None else blocks,
-        M, N, k.words, n.words, own.linear.g, per, splits,
-        x.stride(0), words.stride(0), zeros.stride(0), scales.stride(0),
-        **own.strides, **own.constants,
-        extract=extraction(x.dtype, own.q.xor) if gpu else (),
-        BM=tile.BM, BN=tile.BN, BK=tile.BK,
-        FOLD=folds(k, tile.BK, own.linear.g),
-        EVEN_K=k.words % tile.BK == 0, EVEN_N=n.words % tile.BN == 0, ARRANGED=arranged,
-        GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=splits > 1, STAGES=tile.stages,
-        num_warps=tile.warps, num_stages=tile.stages,
+    gemm_kernel[(triton.cdiv(jobs * chunks, per),)](
+        arranged, sums, words, zeros, scales, y if bias is None else bias, y, partial, counters,
+        y if blocks is None else blocks,
+        M, N, k.words, n.words, own.linear.g, jobs, per,
+        words.stride(0), zeros.stride(0), scales.stride(0), **own.strides, **own.constants,
+        extract=extraction(x.dtype, own.q.xor) if nvidia else (),
+        BM=tile.BM, BN=tile.BN, BK=tile.BK, FOLD=folds(k, tile.BK, own.linear.g),
+        EVEN_K=k.words % tile.BK == 0, EVEN_N=n.words % tile.BN == 0,
+        GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
+        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        **({"launch_pdl": True} if chain else {}),
+        **({"maxnreg": tile.registers} if tile.registers else {}),
     )  # fmt: skip
     return y
