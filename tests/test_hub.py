@@ -905,6 +905,10 @@ def test_push_refuses(hub: HubServer, converted: Path, tmp_path: Path) -> None:
     [
         (Fault("status", "PUT /upload", status=503), RECOVERED),
         (Fault("reset", "PUT /upload"), RECOVERED),
+        (Fault("reset", "POST .*/commit", at=5), RECOVERED),
+        (Fault("drop", "POST .*/commit", times=2), RECOVERED),
+        (Fault("status", "POST .*/commit", status=500), RECOVERED),
+        (Fault("refuse", "POST /api/repos/create"), RECOVERED),
         (Fault("status", "PUT /upload", FOREVER, status=403), REFUSED),
         (Fault("status", "POST .*/batch", FOREVER, status=500), REFUSED),
         (Fault("status", "POST .*/commit", FOREVER, status=500), REFUSED),
@@ -933,6 +937,7 @@ def test_faults_while_pushing(hub: HubServer, converted: Path, fault: Fault, out
         there = hub.repos["owner/marlin"].files
     name = "model.safetensors"
     assert there[name] == (converted / name).read_bytes()
+    assert len(hub.repos["owner/marlin"].commits) == 2  # the empty one, and this
 
 
 # --- conversion straight from a repository

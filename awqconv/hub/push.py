@@ -17,7 +17,7 @@ from awqconv.checkpoint.model import open_model
 from awqconv.checkpoint.source import Folder
 from awqconv.checkpoint.strict import shown
 from awqconv.errors import AwqconvError, VerificationError
-from awqconv.hub.failures import explained
+from awqconv.hub.failures import explained, retried
 from awqconv.hub.pull import Progress
 from awqconv.hub.repository import CLIENT, Repository, split_name
 
@@ -67,7 +67,7 @@ def push(
     Raises AwqconvError for a folder that is no finished conversion and for every refusal of the
     hub, VerificationError for a folder that does not verify; then nothing is uploaded.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, get_token
 
     folder = Folder(dest)
     opened = open_model(folder)
@@ -86,7 +86,7 @@ def push(
 
     api = HfApi(token=token, **CLIENT)
     with explained(repo):
-        created = api.create_repo(repo, private=private, exist_ok=True)
+        created = retried(lambda: api.create_repo(repo, private=private, exist_ok=True))
         repo = created.repo_id
         if private and not api.model_info(repo).private:
             raise AwqconvError(
@@ -113,13 +113,17 @@ def push(
     manifest = dict(opened.manifest)  # a card may change without being a flaw
     manifest["files"] = {name: it for name, it in manifest["files"].items() if name != CARD}
     content[MANIFEST] = (json.dumps(manifest, indent=1) + "\n").encode()
-    with explained(repo):
-        done = api.create_commit(
+
+    def commit() -> CommitInfo:
+        return api.create_commit(
             repo,
             [CommitOperationAdd(name, path) for name, path in content.items()],
             commit_message=message or f"{opened.layout} layout, by awqconv {__version__}",
             create_pr=create_pr,
         )
+
+    with explained(repo):  # the same commit twice changes nothing; a pull request would be doubled
+        done = commit() if create_pr else retried(commit)
     return PushResult(
         url=done.pr_url or str(done.repo_url),
         repo=repo,
