@@ -169,6 +169,7 @@ def convert(
         f"{result.converted} modules converted to {target}, {len(result.fallbacks)} on the "
         f"fallback, {result.unquantized} other tensors copied."
     )
+    _fallbacks(console, result.fallbacks)
     source = [] if model.startswith(PREFIX) else ["--source", model]
     console.say(f"Verify it: {shlex.join(['awqconv', 'verify', str(path), *source])}")
     for engine, command in launch_command(target, str(path), form, tp)[:1]:
@@ -187,6 +188,8 @@ def verify(
     columns: Annotated[
         int, typer.Option("--columns", min=0, help="Output columns to multiply; 0 for none.")
     ] = 64,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    kernel: Annotated[str, typer.Option("--kernel", help="auto, triton or cpu.")] = "auto",
     jobs: Jobs = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write the result as JSON to this file.")
@@ -201,7 +204,14 @@ def verify(
     total = sum(f.stat().st_size for f in dest.glob("*.safetensors")) if dest.is_dir() else 0
     with console.progress("verifying", total) as progress:
         found = run(
-            dest, source=source, modules=modules, columns=columns, jobs=jobs, progress=progress
+            dest,
+            source=source,
+            modules=modules,
+            columns=columns,
+            device=device,
+            kernel=kernel,
+            jobs=jobs,
+            progress=progress,
         )
     value = {"ok": found.ok, **vars(found)}
     console.emit(value)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,7 @@ from awqconv.feed import Feed, Reader
 from awqconv.plan import Piece
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
-from awqconv.targets.base import Linear, Part, layout
+from awqconv.targets.base import Linear, Part, Target, layout
 
 Bytes = NDArray[np.uint8]
 SHARE = 128 << 20  # bytes of memory a thread may use
@@ -116,6 +117,8 @@ def verify(
     source: str | os.PathLike[str] | None = None,
     modules: str | None = None,
     columns: int = COLUMNS,
+    device: str = "auto",
+    kernel: str = "auto",
     jobs: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
@@ -123,7 +126,8 @@ def verify(
 
     `source`: the AWQ checkpoint, to compare with its bytes instead of the manifest's digests.
     `modules`: a regular expression; only modules it finds, and no other tensors, are looked at.
-    `columns`: output columns a module's product is made for, 0 for none.
+    `columns`: output columns a module's product is made for, 0 for none. `device` it is made on,
+    cpu or cuda, and `kernel` it is made by, cpu or triton; auto takes a GPU where there is one.
 
     Raises AwqconvError for input that is no converted folder, a source that is not its source or
     a bad expression. What is found to be wrong is in the result, not raised.
@@ -140,11 +144,12 @@ def verify(
     problems = list(_files(folder, manifest))
     reports: list[ModuleReport] = []
     counts = (0, 0)
-    model = None
+    model = multiply = None
     if not problems:
         model = open_model(folder)
         origin = open_model(source) if source is not None else None
-        check = _Check(model, manifest, origin, columns, progress or (lambda count: None))
+        multiply = choose_kernel(device, kernel) if columns else None
+        check = _Check(model, manifest, origin, columns, multiply, progress or (lambda n: None))
         reports, found, counts = check.run(chosen, jobs or len(os.sched_getaffinity(0)))
         problems += found
         if chosen and not reports:
@@ -164,7 +169,9 @@ def verify(
         *counts,
         reports,
         problems,
-        f"{ROWS} random activations, {columns} of N columns of each module" if columns else "",
+        f"{ROWS} random activations, {columns} of N columns of each module, {multiply.title}"
+        if multiply
+        else "",
         time.perf_counter() - began,
         list(model.notes) if model else [],
     )
@@ -199,10 +206,11 @@ class _Check:
         manifest: dict[str, Any],
         origin: Model | None,
         columns: int,
+        multiply: Kernel | None,
         progress: Callable[[int], None],
     ) -> None:
         self.model, self.manifest, self.origin = model, manifest, origin
-        self.columns, self.progress = columns, progress
+        self.columns, self.multiply, self.progress = columns, multiply, progress
         self.reader = Reader(model.checkpoint.source)
         self.encoder = Encoder(self.reader, SHARE)
         self.origin_reader = Reader(origin.checkpoint.source) if origin else None
@@ -297,7 +305,7 @@ class _Check:
     def _module(self, module: Stored) -> tuple[ModuleReport, list[Problem], int, int]:
         name = module.name
         hashers: dict[TensorInfo, Hasher] = {}
-        sample = self._sample(module) if self.columns else None
+        sample = self._sample(module) if self.multiply else None
         try:
             found = list(self._exact(module, hashers, sample))
         except AwqconvError as wrong:  # a zero point that is none
@@ -427,8 +435,9 @@ class _Check:
 
     def _product(self, module: Stored, sample: _Sample) -> tuple[float, float, float, str]:
         """Relative error, its bound, the largest error, and what is beyond the bound, if any."""
-        from awqconv.kernels import bounds, cpu
+        from awqconv.kernels import bounds
 
+        assert self.multiply
         linear = replace(module.linear, N=sample.width, bias=None)
         target = layout(module.layout)
         as_is = replace(module, kept={})
@@ -440,9 +449,75 @@ class _Check:
         x = bounds.activations(ROWS, linear.K, sample.random)
         was = replace(module.original().linear, N=sample.width)
         weight = _weight(sample.rows, was, linear.scales)["w"]
+        y, x, arithmetic = self.multiply(x, packed, target, linear)
         exact = bounds.product(x, weight)
-        y = cpu.gemm(x, packed, target, linear)
-        return bounds.judge(y, exact, x, weight, target, linear)
+        return bounds.judge(y, exact, x, weight, target, linear, arithmetic=arithmetic)
+
+
+class Kernel:
+    """The kernel that products are made by. Called with x, it returns y, x as it was, and what
+    was rounded (None: what `kernels.cpu` rounds)."""
+
+    def __init__(self, device: str, name: str) -> None:
+        self.device, self.name = device, name
+        self.title = f"by the {name} kernel on {device}"
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, x: NDArray[np.float32], packed: Mapping[str, Bytes], target: Target, linear: Linear
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32], Any]:
+        from awqconv.kernels import bounds, cpu
+
+        if self.name == "cpu":
+            return cpu.gemm(x, packed, target, linear), x, None
+        import torch
+
+        from awqconv.kernels import triton
+
+        kinds = {"I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "F32": torch.float32,
+                 "F16": torch.float16, "BF16": torch.bfloat16}  # fmt: skip
+        tensors = {
+            part.suffix: torch.from_numpy(packed[part.suffix])
+            .to(self.device)
+            .view(kinds[part.dtype])
+            .reshape(part.shape(linear))
+            for part in target.parts(linear)
+        }
+        x = x / np.float32(128)  # still exact in float16, and y does not overflow
+        own = torch.from_numpy(x).to(self.device, torch.float16)
+        with self._lock:
+            y = triton.gemm(own, tensors, target, linear)
+        return y.float().cpu().numpy(), x, bounds.gpu(target, linear, "F16")
+
+
+def choose_kernel(device: str, kernel: str) -> Kernel:
+    """The kernel for a device, by name. Raises AwqconvError for one that cannot run here."""
+    if device not in ("auto", "cpu", "cuda") or kernel not in ("auto", "cpu", "triton"):
+        raise AwqconvError(
+            f"no device {device!r} or no kernel {kernel!r}",
+            fix="Use --device auto, cpu or cuda, and --kernel auto, cpu or triton.",
+        )
+    there = any(os.path.exists(f"/dev/{node}") for node in ("nvidiactl", "dxg"))
+    if device == "auto":
+        device = "cuda" if there and kernel != "cpu" and _cuda() else "cpu"
+    if device == "cuda" and not _cuda():
+        raise AwqconvError("PyTorch finds no CUDA GPU here", fix="Use --device cpu.")
+    if kernel == "auto":
+        kernel = "triton" if device == "cuda" else "cpu"
+    if kernel == "cpu" and device == "cuda":
+        raise AwqconvError("the CPU kernel does not run on a GPU", fix="Use --kernel triton.")
+    if kernel == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise AwqconvError(
+            "Triton has no kernels for CPUs",
+            fix="Use --kernel cpu, or set TRITON_INTERPRET=1 (slow) to run it interpreted.",
+        )
+    return Kernel(device, kernel)
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 @dataclass

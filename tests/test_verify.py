@@ -1,7 +1,10 @@
 """Verification finds what is wrong, says where, and finds nothing where nothing is."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -211,6 +214,38 @@ def test_input_that_cannot_be_verified_is_refused(converted, tmp_path, kwargs, w
     assert what in caught.value.what
     assert fix in caught.value.fix
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("target", ["marlin", "amx", "compressed-tensors"])
+def test_the_triton_kernel_interpreted(source, tmp_path, target):
+    awqconv.convert(source, tmp_path / "out", target=target)
+    code = (
+        "import awqconv, sys\n"
+        f"found = awqconv.verify({str(tmp_path / 'out')!r}, modules='^(a|b|c)$', kernel='triton', "
+        "device='cpu', columns=32)\n"
+        "print(found.sampled, found.problems)\nsys.exit(not found.ok)"
+    )
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "by the triton kernel on cpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel", "what"),
+    [
+        ("cpu", "triton", "Triton has no kernels for CPUs"),
+        ("tpu", "auto", "no device 'tpu'"),
+        ("cpu", "cublas", "no kernel 'cublas'"),
+    ],
+)
+def test_a_kernel_that_cannot_run_here_is_refused(converted, device, kernel, what, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(AwqconvError) as caught:
+        awqconv.verify(converted, device=device, kernel=kernel)
+    assert what in caught.value.what
 
 
 @pytest.mark.parametrize("target", ["marlin", "npu", "amx"])
