@@ -180,7 +180,7 @@ def convert(
 def verify(
     dest: Annotated[Path, typer.Argument(help="Folder that `awqconv convert` wrote.")],
     source: Annotated[
-        Path | None, typer.Option("--source", help="The AWQ checkpoint it was made from.")
+        str | None, typer.Option("--source", help="The AWQ checkpoint it was made from.")
     ] = None,
     modules: Annotated[
         str | None, typer.Option("--modules", help="Only modules this expression finds.")

@@ -964,7 +964,7 @@ def test_an_interrupted_conversion_goes_on(repo: Repo, hub: HubServer, tmp_path:
 def test_convert_from_a_repository(repo: Repo, files: dict[str, bytes], tmp_path: Path) -> None:
     pull("org/model", to=tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "local", target="marlin")
-    convert(HubSource("org/model"), tmp_path / "remote", target="marlin")
+    convert("hf://org/model", tmp_path / "remote", target="marlin")
     local, remote = kept(tmp_path / "local"), kept(tmp_path / "remote")
     assert local.keys() == remote.keys()
     for name in local.keys() - {"awqconv.json"}:
@@ -1017,11 +1017,12 @@ def test_the_whole_way_by_command(
 
     code, out, _ = cli(capsys, "convert", "hf://org/model", "--target", "marlin")
     assert code == 0
-    source = json.loads((tmp_path / "model-marlin" / "awqconv.json").read_text())["source"]
-    assert (source["repository"], source["commit"]) == ("org/model", commit)
-    assert source["files"][SHARD] == f"sha256:{sha256(repo.files[SHARD])}"
-    code, out, _ = cli(capsys, "verify", "model-marlin", "--source", "model")
-    assert code == 0
+    told = json.loads((tmp_path / "model-marlin" / "awqconv.json").read_text())["source"]
+    assert (told["repository"], told["commit"]) == ("org/model", commit)
+    assert told["files"][SHARD] == f"sha256:{sha256(repo.files[SHARD])}"
+    for source in ("model", "hf://org/model"):
+        code, _, err = cli(capsys, "verify", "model-marlin", "--source", source)
+        assert code == 0, err
 
     code, out, _ = cli(capsys, "push", "model-marlin", "owner/m", "--token", "hf_owner", "--json")
     assert code == 0

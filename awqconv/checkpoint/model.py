@@ -14,7 +14,7 @@ from typing import Any
 from awqconv.checkpoint.config import MANIFEST, QuantConfig
 from awqconv.checkpoint.header import TensorInfo, read_header
 from awqconv.checkpoint.reader import Checkpoint, open_checkpoint
-from awqconv.checkpoint.source import Folder, Source
+from awqconv.checkpoint.source import Source
 from awqconv.checkpoint.strict import parse_json
 from awqconv.errors import AwqconvError
 from awqconv.targets.base import Linear, Part, layout
@@ -188,7 +188,9 @@ def open_model(model: str | os.PathLike[str] | Source) -> Model:
 
     Reads headers, index, config and manifest. Raises AwqconvError for anything that is not right.
     """
-    source = Folder(model) if isinstance(model, str | os.PathLike) else model
+    from awqconv.hub import open_source
+
+    source = open_source(os.fspath(model)) if isinstance(model, str | os.PathLike) else model
     try:
         if MANIFEST in source.files() and read_manifest(source).get("form") == "sglang-sharded":
             from awqconv.forms.gather import open_sharded
