@@ -8,7 +8,7 @@ from functools import lru_cache
 from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import Model, Stored
 from awqconv.forms.experts import mixtures
-from awqconv.jobs import Copy, Job, Pack, Verdict, copied, unplaced
+from awqconv.jobs import Copy, Job, Pack, Spec, Verdict, copied, unplaced
 from awqconv.repack.floats import lossless
 from awqconv.targets.base import Linear, Mixture, Target, layout
 
@@ -17,6 +17,12 @@ from awqconv.targets.base import Linear, Mixture, Target, layout
 def broken(target: Target, layer: Linear | Mixture) -> str | None:
     """`target.broken`, remembered: a checkpoint has few shapes."""
     return target.broken(layer)
+
+
+@lru_cache(maxsize=4096)
+def stored(name: str, linear: Linear) -> tuple[Spec, ...]:
+    """Suffix, dtype and shape of the parts of one layer in a layout, remembered."""
+    return tuple((p.suffix, p.dtype, p.shape(linear)) for p in layout(name).parts(linear))
 
 
 def decide(
@@ -55,10 +61,8 @@ def jobs(
         source, decided = sources[name], verdicts[name]
         out, linear = layout(decided.layout), decided.linear
         outputs = {
-            part.suffix: unplaced(
-                f"{name}.{part.suffix}", part.dtype, stack(source.experts, part.shape(linear))
-            )
-            for part in out.parts(linear)
+            suffix: unplaced(f"{name}.{suffix}", dtype, stack(source.experts, shape))
+            for suffix, dtype, shape in stored(decided.layout, linear)
         }
         yield Pack(name, decided.layout, linear, outputs, model.pieces(source))
         for suffix, value in out.constants(linear).items():

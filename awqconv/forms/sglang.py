@@ -363,13 +363,12 @@ class _Sharder:
         suffixes: Mapping[str, str],
         experts: tuple[Pieces, ...],
     ) -> Pack:
+        lead = (len(experts),) if stem else ()
         outputs = {
-            part.suffix: unplaced(
-                f"{unit.name}.{stem}{suffixes.get(part.suffix, part.suffix)}",
-                part.dtype,
-                (*((len(experts),) if stem else ()), *part.shape(linear)),
+            suffix: unplaced(
+                f"{unit.name}.{stem}{suffixes.get(suffix, suffix)}", dtype, (*lead, *shape)
             )
-            for part in layout(name).parts(linear)
+            for suffix, dtype, shape in hf.stored(name, linear)
         }
         return Pack(f"{unit.name}.{stem.rstrip('_')}".rstrip("."), name, linear, outputs, experts)
 
