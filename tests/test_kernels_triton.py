@@ -209,7 +209,7 @@ def test_shapes_are_checked() -> None:
     packed, _ = module(TARGETS["marlin"], linear)
     with pytest.raises(AwqconvError, match=r"qweight has shape \(8, 128\), not \(16, 128\)"):
         gemm(torch.randn(1, 256).half().to(DEVICE), packed, TARGETS["marlin"], Linear(256, 64, 32))
-    with pytest.raises(AwqconvError, match="x is torch.float32"):
+    with pytest.raises(AwqconvError, match=r"x is torch\.float32"):
         gemm(torch.randn(1, 128).to(DEVICE), packed, TARGETS["marlin"], linear)
 
 

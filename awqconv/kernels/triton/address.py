@@ -3,7 +3,7 @@
 A layout's element lies at a sum over its axes of digit * stride, and its dimensions are
 independent, so the kernels need one `Line` for each dimension of each stored tensor:
 
-    offset(i) = i // outer * stride + sum over inner (divisor, size, step) of i // divisor % size * step
+    offset(i) = i // outer * stride + sum over inner of i // divisor % size * step
 
 `outer` and `inner` are compile-time constants, `stride` alone depends on the shape, so one
 compiled kernel serves every shape of a layout.

@@ -5,6 +5,9 @@ the order of n by regrouping digits, as the pattern does, so that whole rows of 
 nibble's k side only selects the rows.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment, misc"
+# (the bodies under triton.jit are Triton's language, not Python's)
+
 from __future__ import annotations
 
 from functools import cache
@@ -20,7 +23,7 @@ from awqconv.kernels.triton.gemm import Plan, centred, decode, extraction, fetch
 
 
 @triton.jit
-def dequant_kernel(  # type: ignore[no-untyped-def]
+def dequant_kernel(
     words, zeros, scales, out, K, N, k_words, n_words, g,
     words_expert, zeros_expert, scales_expert,
     k_word_stride, n_word_stride, k_index_stride, n_index_stride,
@@ -45,29 +48,33 @@ def dequant_kernel(  # type: ignore[no-untyped-def]
     out += expert * K * N
     n_row = tl.program_id(0) * BN + tl.arange(0, BN)
     k_row = tl.program_id(1) * BK + tl.arange(0, BK)
-    n_in, k_in = n_row < n_words, k_row < k_words
+    n_in, k_in = (n_row < n_words)[None, :], (k_row < k_words)[:, None]
     n_row, k_row = tl.minimum(n_row, n_words - 1), tl.minimum(k_row, k_words - 1)
-    n = place(n_row, n_index_stride, n_index)
+    n = place(n_row, n_index_stride, n_index)[None, :]
     k = place(k_row, k_index_stride, k_index)
     at = place(k_row, k_word_stride, k_word)[:, None] + place(n_row, n_word_stride, n_word)[None, :]
     w = tl.load(words + at)
+    column = tl.program_id(0) * (BN * JN) + tl.arange(0, BN * JN)[None, :]
+    if len(order) > 0:
+        columns, offsets = tl.minimum(column, N - 1), (0,)
+    else:
+        columns, offsets = n, n_offset
     if FOLD:
         group = tl.program_id(1) * (BK * len(k_shift)) // g
-        zs = fetch(zeros, scales, group, n[None, :], zg_stride, zn_stride, sg_stride, sn_stride,
-                   zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
-        zs = decode(zs, group, n[None, :], zg_stride, zn_stride, zg, zn, z_form, n_offset)
+        zs = fetch(zeros, scales, group, columns, zg_stride, zn_stride, sg_stride, sn_stride,
+                   zg, zn, z_form, sg, sn, offsets)  # fmt: skip
+        zs = decode(zs, group, columns, zg_stride, zn_stride, zg, zn, z_form, offsets)
     for jk in tl.static_range(len(k_shift)):
         row = k + k_offset[jk]
         if not FOLD:
             groups = (row // g)[:, None]
-            zs = fetch(zeros, scales, groups, n[None, :], zg_stride, zn_stride, sg_stride,
-                       sn_stride, zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
-            zs = decode(zs, groups, n[None, :], zg_stride, zn_stride, zg, zn, z_form, n_offset)
+            zs = fetch(zeros, scales, groups, columns, zg_stride, zn_stride, sg_stride, sn_stride,
+                       zg, zn, z_form, sg, sn, offsets)  # fmt: skip
+            zs = decode(zs, groups, columns, zg_stride, zn_stride, zg, zn, z_form, offsets)
+        target = out + row.to(tl.int64)[:, None] * N
         values = ()
         for jn in tl.static_range(JN):
-            q = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype).to(tl.float32)
-            values += (((q - zs[2 * jn]) * zs[2 * jn + 1]).to(dtype),)
-        target = out + row.to(tl.int64)[:, None] * N
+            values += (centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype),)
         if len(order) > 0:
             for halving in tl.static_range(1, 4):  # JN of [BK, BN] to one [BK, BN, 2, ...]
                 if JN >> halving > 0:
@@ -77,18 +84,17 @@ def dequant_kernel(  # type: ignore[no-untyped-def]
                     values = pairs
             tile = tl.reshape(values[0], digits)
             tile = tl.permute(tile, order[0], order[1], order[2], order[3], order[4], order[5])
-            tile = tl.reshape(tile, (BK, BN * JN))
-            column = tl.program_id(0) * (BN * JN) + tl.arange(0, BN * JN)
-            tl.store(target + column[None, :], tile, k_in[:, None] & (column < N)[None, :])
+            tile = tl.reshape(tile, (BK, BN * JN)).to(tl.float32)
+            tl.store(target + column, ((tile - zs[0]) * zs[1]).to(dtype), k_in & (column < N))
         else:
             for jn in tl.static_range(JN):
-                column = (n + n_offset[jn])[None, :]
-                tl.store(target + column, values[jn], k_in[:, None] & n_in[None, :])
+                value = (values[jn].to(tl.float32) - zs[2 * jn]) * zs[2 * jn + 1]
+                tl.store(target + n + n_offset[jn], value.to(dtype), k_in & n_in)
 
 
 @cache
 def regrouping(side: Side, BK: int, BN: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`digits` and `order` of `dequant_kernel` for tiles of BN word rows; empty if they are none."""
+    """`digits` and `order` of `dequant_kernel` for BN word rows; empty if there are none."""
     inner = list(zip(side.index.inner[1::3], side.index.inner[2::3], strict=True))
     sizes = [size for size, _ in inner]
     if any(size & size - 1 for size in (*sizes, len(side.offset))) or BN % prod(sizes):

@@ -12,6 +12,9 @@ the fp32 sums; otherwise to each weight, which is then rounded to x's dtype. K i
 programs, of which the last to finish adds the fp32 parts in a fixed order, so results repeat.
 """
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment, misc"
+# (the bodies under triton.jit are Triton's language, not Python's)
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -24,11 +27,11 @@ import triton
 import triton.language as tl
 
 from awqconv.kernels.triton.address import Codes, Side, codes, line
-from awqconv.targets.base import Linear, Part, Target
+from awqconv.targets.base import Linear, Part
 
 
 @triton.jit
-def place(index, stride, rule: tl.constexpr):  # type: ignore[no-untyped-def]
+def place(index, stride, rule: tl.constexpr):
     """`Line.__call__` for a tensor of indices."""
     at = index // rule[0] * stride
     for i in tl.static_range(1, len(rule), 3):
@@ -39,7 +42,7 @@ def place(index, stride, rule: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def centred(
     words, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """The code at bit `shift` of each int32 word, minus 8, in fp16 or bf16; exact.
 
     `extract` is PTX for each of the eight nibbles (see `extraction`), or nothing.
@@ -56,7 +59,7 @@ def centred(
 
 
 @triton.jit
-def multiply(a, b, acc, extract: tl.constexpr):  # type: ignore[no-untyped-def]
+def multiply(a, b, acc, extract: tl.constexpr):
     """a @ b + acc. The interpreter, which has no `extract`, knows no product of bfloat16."""
     if len(extract) == 0:
         out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -81,19 +84,21 @@ def extraction(dtype: torch.dtype, xor: int) -> tuple[str, ...]:
         mask, magic = 15 << low, (0x4300 if dtype == torch.bfloat16 else 0x6400) ^ xor << low
         texts.append(
             f"{{ .reg .b32 t, a, c; prmt.b32 t, $1, $2, {halves}; shr.u32 t, t, {shift}; "
-            f"lop3.b32 t, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0x6a; "  # (t & mask) ^ magic
+            f"lop3.b32 t, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0x6a; "  # t & mask ^ magic
         )
         if dtype == torch.bfloat16:  # t * 1 - 136
-            texts[-1] += "mov.b32 a, 0x3f803f80; mov.b32 c, 0xc308c308; fma.rn.bf16x2 $0, t, a, c; }"
+            one, less = "0x3f803f80", "0xc308c308"
+            texts[-1] += f"mov.b32 a, {one}; mov.b32 c, {less}; fma.rn.bf16x2 $0, t, a, c; }}"
         elif low:  # t / 16 - 72
-            texts[-1] += "mov.b32 a, 0x2c002c00; mov.b32 c, 0xd480d480; fma.rn.f16x2 $0, t, a, c; }"
+            scale, less = "0x2c002c00", "0xd480d480"
+            texts[-1] += f"mov.b32 a, {scale}; mov.b32 c, {less}; fma.rn.f16x2 $0, t, a, c; }}"
         else:  # t - 1032
             texts[-1] += "mov.b32 c, 0xe408e408; add.f16x2 $0, t, c; }"
     return tuple(texts)
 
 
 @triton.jit
-def arrange_kernel(  # type: ignore[no-untyped-def]
+def arrange_kernel(
     x, out, sums, M, k_words, k_index_stride, k_index: tl.constexpr, k_offset: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +124,7 @@ def arrange_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def fetch(zeros, scales, group, n, zg_stride, zn_stride, sg_stride, sn_stride,
           zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr,
-          sn: tl.constexpr, n_offset: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+          sn: tl.constexpr, n_offset: tl.constexpr):  # fmt: skip
     """Zero points and scales as stored, of groups and columns, for every jn: z, s, z, s, ..."""
     z_group = place(group, zg_stride, zg)
     s_group = place(group, sg_stride, sg)
@@ -133,7 +138,7 @@ def fetch(zeros, scales, group, n, zg_stride, zn_stride, sg_stride, sn_stride,
 
 @triton.jit
 def decode(stored, group, n, zg_stride, zn_stride, zg: tl.constexpr, zn: tl.constexpr,
-           z_form: tl.constexpr, n_offset: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+           z_form: tl.constexpr, n_offset: tl.constexpr):  # fmt: skip
     """What `fetch` returned as float32, zero points less 8.
 
     `z_form`: (coded, xor, 0), each zero point in the nibble of its position, else
@@ -153,7 +158,7 @@ def decode(stored, group, n, zg_stride, zn_stride, zg: tl.constexpr, zn: tl.cons
 
 
 @triton.jit(do_not_specialize=["M", "jobs", "per"])
-def gemm_kernel(  # type: ignore[no-untyped-def]
+def gemm_kernel(
     x, sums, words, zeros, scales, bias, y, partial, counters, blocks,
     M, N, k_words, n_words, g, jobs, per,
     words_expert, zeros_expert, scales_expert,
@@ -280,7 +285,7 @@ def gemm_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gather(part, mask, step, size, sharers, BN: tl.constexpr, BM: tl.constexpr, JN: tl.constexpr):  # type: ignore[no-untyped-def]
+def gather(part, mask, step, size, sharers, BN: tl.constexpr, BM: tl.constexpr, JN: tl.constexpr):
     """The accumulators summed over their sharers, `size` elements apart."""
     acc = ()
     for _ in tl.static_range(JN):
@@ -296,7 +301,7 @@ def gather(part, mask, step, size, sharers, BN: tl.constexpr, BM: tl.constexpr, 
 
 
 @triton.jit
-def finish(acc, y, bias, m, n, mask, N, n_offset: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
+def finish(acc, y, bias, m, n, mask, N, n_offset: tl.constexpr, BIAS: tl.constexpr):
     """Write the accumulators, plus bias, to their columns of y [M, N]."""
     for jn in tl.static_range(len(n_offset)):
         column = n + n_offset[jn]
@@ -397,14 +402,14 @@ def choose(own: Codes, M: int, g: int) -> Tile:
     BM = 8 if M <= 8 else min(32 if JN > 2 else 64, triton.next_power_of_2(M))
     BN, warps, resident, registers = 64, 4, 2, None
     if JN > 2:
-        BN = 32 if BM == 16 else 64
+        BN = 32 if BM == 16 and own.n.words < 1024 else 64
         warps, resident = (8, 1) if BM > 16 else (4, 2)
     elif BM == 8:
         warps, resident = 2, 4 if JN == 2 else 5
     elif JN == 1:
-        BN = 128 if BM == 16 else 64
-        resident, registers = 3, 168
-    BK = max(16, 128 // JK)
+        BN = 128
+        warps, resident, registers = (8, 1, None) if BM > 16 else (4, 3, 168)
+    BK = max(16, 128 // JK) if (BN, BM, JK) != (64, 16, 1) else 64
     while BK > 16 and not folds(own.k, BK, g):
         BK //= 2
     return Tile(BM, BN, BK, warps, 3, resident * multiprocessors(), registers)
