@@ -1,6 +1,7 @@
 """The hub over real HTTP: nothing wrong is ever kept, and every refusal says what to do."""
 
 import _thread
+import errno
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from awqconv.checkpoint.model import open_model
 from awqconv.checkpoint.reader import open_checkpoint
 from awqconv.errors import AwqconvError
 from awqconv.hub import open_source
+from awqconv.hub.failures import explain
 from awqconv.hub.pull import pull
 from awqconv.hub.push import push
 from awqconv.hub.source import HubSource
@@ -508,6 +510,24 @@ def test_bad_token_revision_name_and_address(
     error = refusal(lambda: pull("org/model"))
     assert "cannot be reached" in error.what
     assert "curl -I http://127.0.0.1:9" in error.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (ValueError("The file is too large to be downloaded"), "above 50 GB", "pip install hf_xet"),
+        (RuntimeError("CAS client: 503"), "CAS client: 503", "again"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "No space left", "--to DIR"),
+        (OSError(errno.EACCES, "Permission denied", "/d/x"), "Permission denied", "--to DIR"),
+    ],
+    ids=["50 GB", "xet", "full disk", "read-only"],
+)
+def test_failures_of_the_client(hub: HubServer, error: Exception, what: str, fix: str) -> None:
+    found = explain(error, "org/model", "main", SHARD)
+    assert found
+    told(found)
+    assert what in found.what
+    assert fix in found.fix
 
 
 def test_offline_uses_the_cache_and_says_what_is_missing(

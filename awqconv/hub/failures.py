@@ -181,6 +181,16 @@ def explain(
                     "Check HF_ENDPOINT and the proxy, and log in to the network if it asks you to: "
                     "echo $HF_ENDPOINT $HTTPS_PROXY",
                 )
+            case ValueError() if "too large" in str(cause):
+                return AwqconvError(
+                    "above 50 GB the hub serves a file through its xet storage only",
+                    where,
+                    "Install its client: pip install hf_xet",
+                )
+            case RuntimeError() | ValueError():  # hf_xet has no types of its own
+                return AwqconvError(
+                    f"the hub client failed: {shown(str(cause), 300)}", where, _AGAIN
+                )
     return None
 
 
@@ -188,8 +198,7 @@ def _status(error: Exception, repo: str, where: str, hub: str, token: bool) -> A
     """What an HTTP status without a type of its own means."""
     response: Any = getattr(error, "response", None)
     status, said = response.status_code, response.headers.get("X-Error-Message", "")
-    credentials = "credentials" in said or "token" in said
-    if status == 401 and credentials:
+    if status == 401 and any(word in said for word in ("credentials", "token", "password")):
         what = "the hub does not accept your token: " + shown(said)
         return AwqconvError(what, where, "Replace it: unset HF_TOKEN; hf auth login --force")
     if status in (401, 404):
