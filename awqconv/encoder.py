@@ -21,6 +21,7 @@ from awqconv.digest import Hasher
 from awqconv.errors import AwqconvError
 from awqconv.feed import TILE, Feed, Reader
 from awqconv.repack.axes import Layout
+from awqconv.repack.codegen import LINE
 from awqconv.repack.encode import (
     NIBBLES,
     dequantize,
@@ -50,7 +51,10 @@ class Encoder:
         grain = outer.logical
         for feed in feeds:
             grain = lcm(grain, max(a.logical for a in feed.layout.axes if a.dim == dim))
-        step = max(1, TILE * outer.logical // row // grain) * grain
+        # Where there is room for it, a cut is also one of cache lines of what lies along the cut.
+        line = lcm(grain, LINE * 8 // part.bits)
+        room = TILE * outer.logical // row
+        step = room // line * line or max(1, room // grain) * grain
         return dim, range(0, to.shape[dim], step)
 
     def tiles(

@@ -1,10 +1,12 @@
 """Speed of the engine beside memcpy of the same bytes, interleaved in one run.
 
-    python benchmarks/engine.py [--shape K N] [--matrices M] [--threads T] [--repeat R] [--json]
+    python benchmarks/engine.py [--shape K N] [--matrices M] [--threads T] [--repeat R]
+                                [--cpu] [--json]
 
 M matrices of K x N nibbles lie one after the other in a buffer and go to another; choose M so
 that both are larger than the caches. Each thread takes its share of the matrices. Prints GB/s of
-source bytes, medians, and the ratio to memcpy by the same number of threads.
+source bytes, medians, and the ratio to memcpy by the same number of threads. --cpu counts the
+threads' CPU time instead of time, for a machine that has other work.
 """
 
 import argparse
@@ -17,9 +19,11 @@ from statistics import median
 
 import numpy as np
 
+from awqconv.feed import TILE
 from awqconv.repack import layouts
 from awqconv.repack.axes import Layout
-from awqconv.repack.engine import aligned, nibble_sums, repack
+from awqconv.repack.engine import aligned, repack
+from awqconv.targets.base import Linear, layout
 
 PATTERNS = {
     "awq": layouts.AWQ,
@@ -36,9 +40,9 @@ LINE = 64
 
 
 def size_of(layout: Layout) -> int:
-    """Bytes from a layout's first nibble to its last, in whole cache lines."""
-    last = sum((axis.size - 1) * axis.stored for axis in layout.axes)
-    return (last // 2 // LINE + 1) * LINE
+    """Bytes that a layout takes with its padding, in whole cache lines."""
+    outer = layout.axes[0]
+    return -(-outer.size * outer.stored // 2 // LINE) * LINE
 
 
 def main() -> None:
@@ -49,20 +53,25 @@ def main() -> None:
     parser.add_argument("--matrices", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
 
     K, N = args.shape
     bound = {name: pattern.bind((K, N)) for name, pattern in PATTERNS.items()}
-    step = max(size_of(layout) for layout in bound.values())
-    src, dst = aligned(args.matrices * step), aligned(args.matrices * step)
+    apart = max(map(size_of, bound.values()))
+    src, dst = aligned(args.matrices * apart), aligned(args.matrices * apart)
     dst[:] = 0
     src[:] = np.random.default_rng(0).integers(0, 256, src.size, dtype=np.uint8)
     weight = K * N // 2
-    sums = np.zeros((args.threads, weight // 2048, 128), np.uint16)
+    amx, linear = layout("amx"), Linear(K, N, 128)
+    weights = amx.parts(linear)[0]
+    zeros = np.random.default_rng(1).integers(0, 16, linear.shape("z"), dtype=np.uint8)
+    strip = bound["amx"].axes[0].stored // 2  # bytes of 32 columns
+    tile_columns = max(TILE // strip // 4, 1) * 128
 
     def part(buffer: np.ndarray, i: int) -> np.ndarray:
-        return buffer[i * step : (i + 1) * step]
+        return buffer[i * apart : (i + 1) * apart]
 
     shares = [range(t, args.matrices, args.threads) for t in range(args.threads)]
 
@@ -79,19 +88,31 @@ def main() -> None:
                 xor=8 if "rows" in pair else 0,
             )  # fmt: skip
 
-    def add(thread: int) -> None:
+    def compensate(step: int, thread: int) -> None:
+        """Blocks and their compensation, `step` columns at a time."""
         for i in shares[thread]:
-            nibble_sums(part(src, i), 2048, 32, sums[thread])
+            whole, begin = part(dst, i), 0
+            for start in range(0, N, step):
+                stop = min(start + step, N)
+                to = weights.pattern.bind((K, stop - start))
+                tile = whole[begin : begin + to.axes[0].size * strip]
+                repack(part(src, i), bound["awq"].slice(1, start, stop), tile, to)
+                amx.derive(weights, linear, tile, zeros[:, start:stop])
+                begin += len(tile)
 
     def speed(pool: ThreadPoolExecutor, work: Callable[[int], None]) -> float:
-        begin = time.perf_counter()
+        clock, share = (time.process_time, args.threads) if args.cpu else (time.perf_counter, 1)
+        begin = clock()
         list(pool.map(work, range(args.threads)))
-        return args.matrices * weight / (time.perf_counter() - begin) / 1e9
+        return args.matrices * weight / (clock() - begin) * share / 1e9
 
-    jobs = {f"{a} -> {b}": partial(move, (a, b)) for a, b in PAIRS} | {"nibble sums": add}
+    jobs = {f"{a} -> {b}": partial(move, (a, b)) for a, b in PAIRS} | {
+        "awq -> amx + compensation": partial(compensate, N),
+        "the same in tiles": partial(compensate, tile_columns),
+    }
     found = []
     if not args.json:
-        print(f"{'':20}{'GB/s':>8}{'memcpy':>8}{'ratio':>8}{'compiled in ms':>16}")  # noqa: T201
+        print(f"{'':26}{'GB/s':>8}{'memcpy':>8}{'ratio':>8}{'compiled in ms':>16}")  # noqa: T201
     with ThreadPoolExecutor(args.threads) as pool:
         for name, work in jobs.items():
             begin = time.perf_counter()
@@ -112,7 +133,7 @@ def main() -> None:
             if not args.json:
                 numbers = (row[key] for key in ("gb_s", "memcpy", "ratio"))
                 text = "".join(f"{number:8.2f}" for number in numbers)
-                print(f"{name:20}{text}{row['compiled_ms']:16.0f}", flush=True)  # noqa: T201
+                print(f"{name:26}{text}{row['compiled_ms']:16.0f}", flush=True)  # noqa: T201
     if args.json:
         shape = {"k": K, "n": N, "matrices": args.matrices, "threads": args.threads}
         print(json.dumps(shape | {"moves": found}, indent=1))  # noqa: T201

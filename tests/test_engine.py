@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awqconv.repack import engine, layouts, reference
+from awqconv.repack import codegen, engine, layouts, reference
 from awqconv.repack.axes import Layout, Pattern
 
 PACKED = {
@@ -204,22 +204,9 @@ def test_round_trip() -> None:
         np.testing.assert_array_equal(back, original)
 
 
-@pytest.mark.parametrize(
-    ("blocks", "rows", "gap"), [(1, 1, 0), (3, 17, 4), (5, 32, 128), (2, 100, 1), (1, 4369, 0)]
-)
-def test_nibble_sums(blocks: int, rows: int, gap: int) -> None:
-    apart = 64 * rows + gap
-    src = np.random.default_rng(rows).integers(0, 256, 3 + blocks * apart, dtype=np.uint8)
-    for buffer in (src, np.full_like(src, 255)):
-        out = np.full((blocks, 128), 9, np.uint16)
-        engine.nibble_sums(buffer[3:], apart, rows, out)
-        lines = buffer[3:].reshape(blocks, apart)[:, : 64 * rows].reshape(blocks, rows, 64)
-        np.testing.assert_array_equal(out, reference.unpack_nibbles(lines).sum(1))
-
-
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many threads compile the same and other functions at once, each with its own X."""
-    monkeypatch.setattr(engine, "_functions", {})
+    monkeypatch.setattr(codegen, "_functions", {})
     names, failures = ["AWQ", "MARLIN", "COLUMNS", "AMX_64", "GEMV_FAST"], []
     start = threading.Barrier(12)
 
@@ -275,18 +262,3 @@ def test_refuses(bad: dict[str, object]) -> None:
             arguments.src, arguments.a, arguments.dst, arguments.b,
             bits=arguments.bits, xor=arguments.xor,
         )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("size", "apart", "rows", "out"),
-    [
-        (128, 64, 0, (1, 128)),
-        (128, 64, 2, (1, 128)),
-        (1 << 19, 1 << 19, 4370, (1, 128)),
-        (127, 64, 1, (2, 128)),
-        (128, 64, 1, (2, 64)),
-    ],
-)
-def test_sums_refuses(size: int, apart: int, rows: int, out: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"."):
-        engine.nibble_sums(np.zeros(size, np.uint8), apart, rows, np.zeros(out, np.uint16))

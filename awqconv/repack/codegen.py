@@ -1,0 +1,252 @@
+"""Small functions compiled for the vectors of the CPU at hand, through LLVM.
+
+A function is `void f(src, dst, params)`: two pointers, and counts and strides as int64, so that
+one function serves every shape. It is written by a Python function that is given a `Code` and
+whatever else decides its instructions, and compiled the first time it is asked for:
+
+    compiled(write_tile, tile)(source, target, params)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any, NamedTuple, cast
+
+LINE = 64  # bytes of a register: a cache line, and an AVX-512 vector
+SLOTS = LINE.bit_length()  # log2 of its nibbles
+
+Function = Callable[[int, int, int], None]
+
+_lock = threading.Lock()
+_functions: dict[tuple[Hashable, ...], Function] = {}
+
+
+class Tile(NamedTuple):
+    """What a function is compiled for. Bits 0..loads-1 are A's slots, in order.
+
+    `stores` are the bits in B's slots, in order; `loops` is the depth of the nest around the tile.
+    """
+
+    loads: int
+    stores: tuple[int, ...]
+    loops: int
+    xor: int
+    stream: bool
+
+
+def compiled(write: Callable[..., None], *key: Hashable) -> Function:
+    """The function that `write(code, *key)` writes, of the addresses of src, dst and params.
+
+    It checks nothing. The interpreter lock is released while it runs.
+    """
+    name = (write, *key)
+    if name not in _functions:
+        with _lock:
+            if name not in _functions:
+                code = Code()
+                write(code, *key)
+                code.b.ret_void()
+                _functions[name] = _compile(str(code.module))
+    return _functions[name]
+
+
+def _compile(text: str) -> Function:
+    import llvmlite.binding as llvm  # slow to import, and many commands need none
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    module = llvm.parse_assembly(text)
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    function: Any = kind(engine.get_function_address("f"))
+    function.engine = engine  # it owns the code
+    return cast(Function, function)
+
+
+class Code:
+    """`void f(src, dst, params)` being written: its arguments, and the few instructions it takes.
+
+    `b` is llvmlite's builder, for all others. No byte that is read through `src` may be written
+    through `dst`.
+    """
+
+    def __init__(self) -> None:
+        from llvmlite import ir
+
+        self.ir, self.i8, self.i64 = ir, ir.IntType(8), ir.IntType(64)
+        self.module = ir.Module()
+        pointers = [self.i8.as_pointer(), self.i8.as_pointer(), self.i64.as_pointer()]
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), pointers), "f")
+        self.src, self.dst, self.params = function.args
+        self.src.add_attribute("noalias")
+        self.dst.add_attribute("noalias")
+        self.b, self.numbers = ir.IRBuilder(function.append_basic_block()), count()
+
+    def param(self) -> Any:
+        """The next of the parameters."""
+        return self.b.load(self.b.gep(self.params, [self.i64(next(self.numbers))]))
+
+    @contextmanager
+    def loop(self, times: Any) -> Iterator[Any]:
+        """`for i in range(times)` around what is written inside; times > 0."""
+        before, body = self.b.block, self.b.append_basic_block()
+        self.b.branch(body)
+        self.b.position_at_end(body)
+        i = self.b.phi(self.i64)
+        i.add_incoming(self.i64(0), before)
+        yield i
+        following, done = self.b.add(i, self.i64(1)), self.b.append_basic_block()
+        i.add_incoming(following, self.b.block)
+        self.b.cbranch(self.b.icmp_signed("<", following, times), body, done)
+        self.b.position_at_end(done)
+
+    def at(self, pointer: Any, index: Any, stride: Any = None) -> Any:
+        return self.b.gep(pointer, [index if stride is None else self.b.mul(index, stride)])
+
+    def load(self, pointer: Any, size: int, bits: int = 8) -> Any:
+        kind = self.ir.VectorType(self.ir.IntType(bits), size)
+        value = self.b.load(self.b.bitcast(pointer, kind.as_pointer()))
+        value.align = 1
+        return value
+
+    def store(self, value: Any, pointer: Any, stream: bool = False) -> None:
+        stored = self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()))
+        stored.align = LINE if stream else 1
+        if stream:
+            stored.set_metadata("nontemporal", self.module.add_metadata([self.ir.IntType(32)(1)]))
+
+    def shuffle(self, x: Any, y: Any, order: list[int]) -> Any:
+        lanes = self.ir.VectorType(self.ir.IntType(32), len(order))
+        return self.b.shuffle_vector(x, y, lanes(order))
+
+    def lanes(self, x: Any, bits: int) -> Any:
+        """The same vector in lanes of so many bits."""
+        count = x.type.count * x.type.element.width // bits
+        return self.b.bitcast(x, self.ir.VectorType(self.ir.IntType(bits), count))
+
+    def field(self, x: Any, mask: int, shift: int = 0) -> Any:
+        """`x << shift & mask` in every lane; a negative shift goes right."""
+        lanes = [x.type([value] * x.type.count) for value in (abs(shift), mask)]
+        if shift:
+            x = (self.b.shl if shift > 0 else self.b.lshr)(x, lanes[0])
+        return self.b.and_(x, lanes[1])
+
+
+class _Registers:
+    """A tile in registers: vectors, numbered by the slots above theirs; `slots` says which bits."""
+
+    def __init__(self, code: Code, vectors: list[Any], slots: list[int], width: int) -> None:
+        self.code, self.vectors, self.slots, self.width = code, vectors, slots, width
+        self.size = 1 << width - 1
+
+    def swap(self, slot: int, bit: int) -> None:
+        """Swap what a slot holds with a bit that numbers registers."""
+        code, half = self.code, 1 << slot - 1 if slot else 0
+        other = self.slots.index(bit)
+        pair = 1 << other - self.width
+        lower = [i if not i & half else self.size + i - half for i in range(self.size)]
+        upper = [i + half if not i & half else self.size + i for i in range(self.size)]
+        for i, x in enumerate(self.vectors):
+            if i & pair:
+                continue
+            y = self.vectors[i | pair]
+            if slot:
+                both = code.shuffle(x, y, lower), code.shuffle(x, y, upper)
+            else:
+                low = code.b.or_(code.field(x, 0x0F), code.field(y, 0xF0, 4))
+                high = code.b.or_(code.field(x, 0x0F, -4), code.field(y, 0xF0))
+                both = low, high
+            self.vectors[i], self.vectors[i | pair] = both
+        self.slots[slot], self.slots[other] = bit, self.slots[slot]
+
+    def swap_nibbles(self) -> None:
+        """Swap slots 0 and 1: the two middle nibbles of every 16 bits."""
+        code = self.code
+        for i, x in enumerate(self.vectors):
+            y = code.lanes(x, 16)
+            moved = code.b.or_(code.field(y, 0x0F00, 4), code.field(y, 0x00F0, -4))
+            self.vectors[i] = code.lanes(code.b.or_(code.field(y, 0xF00F), moved), 8)
+        self.slots[:2] = self.slots[1::-1]
+
+    def permute(self, order: list[int]) -> None:
+        """Put these bits, all of those in byte slots, in this order."""
+        old = [self.slots.index(bit) - 1 for bit in order]
+        source = [sum((i >> new & 1) << s for new, s in enumerate(old)) for i in range(self.size)]
+        if source != sorted(source):
+            self.vectors = [self.code.shuffle(x, x, source) for x in self.vectors]
+        self.slots[1 : self.width] = order
+
+    def route(self, last: list[int]) -> None:
+        """Bring the bits `last` to slots 0, 1, .. in order."""
+        inside = self.slots[: self.width]
+        arriving = [bit for bit in last if bit not in inside]
+        if self.slots[0] != last[0] and last[0] in inside and arriving:
+            self.swap(inside.index(last[0]), arriving[0])  # out, to come back by slot 0
+        if self.slots[0] != last[0] and last[0] in inside and not arriving:
+            self.permute(sorted(inside[1:], key=lambda bit: bit != last[0]))
+            self.swap_nibbles()
+        elif self.slots[0] != last[0]:
+            self.swap(0, last[0])
+        for bit in last:
+            if bit not in self.slots[: self.width]:
+                out = [slot for slot in range(1, self.width) if self.slots[slot] not in last]
+                self.swap(out[-1], bit)
+        rest = [bit for bit in self.slots[1 : self.width] if bit not in last]
+        self.permute(last[1:] + rest)
+
+
+def write_tile(code: Code, tile: Tile) -> None:
+    """Write what moves a tile in its loops. Parameters: of each of the tile's bits the strides in
+    src and dst, of each loop its count and those strides, the outermost first; all in bytes.
+    """
+    last = list(tile.stores)
+    # What one load leaves of a register is filled by those bits of B that come last.
+    slots = [*range(tile.loads), *(bit for bit in reversed(last) if bit >= tile.loads)]
+    width, stored = min(len(slots), SLOTS), len(last)
+    strides = [(code.param(), code.param()) for _ in slots]
+
+    def places(bits: list[int], side: int) -> list[Any]:
+        """The offsets of all values of some bits, the first bit changing fastest."""
+        offsets = [code.i64(0)]
+        for bit in bits:
+            offsets += [code.b.add(offset, strides[bit][side]) for offset in offsets]
+        return offsets
+
+    apart = [bit for bit in slots if bit not in last]
+    sources, targets = places(slots[tile.loads :], 0), places(apart, 1)
+    loops = [(code.param(), code.param(), code.param()) for _ in range(tile.loops)]
+    with ExitStack() as nest:
+        src, dst = code.src, code.dst
+        for times, step_a, step_b in loops:
+            i = nest.enter_context(code.loop(times))
+            src, dst = code.at(src, i, step_a), code.at(dst, i, step_b)
+        vectors = [code.load(code.at(src, place), 1 << tile.loads - 1) for place in sources]
+        while vectors[0].type.count < 1 << width - 1:
+            both = list(range(2 * vectors[0].type.count))
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [code.shuffle(x, y, both) for x, y in pairs]
+        registers = _Registers(code, vectors, slots, width)
+        registers.route(last)
+        size = 1 << stored - 1
+        for number in range(1 << len(slots) - stored):
+            register, part = divmod(number, 1 << width - stored)
+            value = registers.vectors[register]
+            if stored < width:
+                value = code.shuffle(value, value, list(range(part * size, part * size + size)))
+            if tile.xor:
+                value = code.b.xor(value, value.type([tile.xor * 0x11] * size))
+            held = {bit for i, bit in enumerate(registers.slots[stored:]) if number >> i & 1}
+            place = targets[sum(1 << i for i, bit in enumerate(apart) if bit in held)]
+            code.store(value, code.at(dst, place), tile.stream)
+    if tile.stream:
+        code.b.fence("seq_cst")  # such stores are ordered by nothing else
