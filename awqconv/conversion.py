@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from awqconv.errors import AwqconvError
 from awqconv.feed import TILE, Reader
 from awqconv.forms.gather import source_specs
 from awqconv.hub import local_name, provenance
-from awqconv.plan import Copy, Job, Pack, Plan, Run, Verdict, make_plan, parse_size
+from awqconv.plan import Copy, Job, Pack, Plan, Verdict, make_plan, parse_size
 from awqconv.repack.floats import RAW, caster
 from awqconv.targets.base import layout
 
@@ -289,51 +289,14 @@ class _Executor:
         """The bytes a copy takes from its source, a tile at a time."""
         if job.data is not None:
             yield np.frombuffer(job.data, np.uint8)
-        others = [self._ranges(runs, job.interleaved, f"again {i}")
+        others = [self.reader.ranges(runs, job.interleaved, f"again {i}")
                   for i, runs in enumerate(job.again)]  # fmt: skip
-        for chunk in self._ranges(job.runs, job.interleaved, "copy"):
+        for chunk in self.reader.ranges(job.runs, job.interleaved, "copy"):
             if any(not np.array_equal(chunk, next(other)) for other in others):
                 raise AwqconvError(
                     "its copies in the files of several ranks differ", job.name, DAMAGED
                 )
             yield chunk
-
-    def _ranges(self, runs: Sequence[Run], interleaved: bool, use: str) -> Iterator[Bytes]:
-        """The bytes of runs, one run after another, or range by range of all of them."""
-        if interleaved:
-            width = sum(run.length for run in runs)
-            step = max(1, TILE // width)
-            for i in range(0, runs[0].count, step):
-                rows = min(step, runs[0].count - i)
-                buffer = self.reader.arena.take(use, rows * width)
-                table, column = buffer.reshape(rows, width), 0
-                for run in runs:
-                    part = np.empty((rows, run.length), np.uint8)
-                    begin = run.start + i * run.stride
-                    self.source.readinto(run.file, begin, part.reshape(-1).data)
-                    table[:, column : column + run.length] = part
-                    column += run.length
-                yield buffer
-            return
-        for run in runs:
-            if not run.file:
-                yield np.zeros(run.length * run.count, np.uint8)
-            elif run.count == 1 or run.length > TILE:
-                for i in range(run.count):
-                    for start in range(0, run.length, TILE):
-                        buffer = self.reader.arena.take(use, min(TILE, run.length - start))
-                        begin = run.start + i * run.stride + start
-                        self.source.readinto(run.file, begin, buffer.data)
-                        yield buffer
-            else:
-                step = TILE // run.length
-                for i in range(0, run.count, step):
-                    rows = min(step, run.count - i)
-                    buffer = self.reader.arena.take(use, rows * run.length)
-                    for j in range(rows):
-                        part = buffer[j * run.length : (j + 1) * run.length]
-                        self.source.readinto(run.file, run.start + (i + j) * run.stride, part.data)
-                    yield buffer
 
     def _pack(self, job: Pack) -> dict[str, Any]:
         """An output module, part by part, each a sequence of tiles of its outermost axis."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from awqconv.checkpoint.header import TensorInfo
-from awqconv.checkpoint.model import Stored
+from awqconv.checkpoint.model import Run, Stored
 from awqconv.checkpoint.source import Source
 from awqconv.digest import Hasher
 from awqconv.repack.axes import Layout
@@ -46,6 +46,43 @@ class Reader:
             buffer = self.arena.take("chunk", min(TILE, info.stop - begin))
             self.source.readinto(info.file, begin, buffer.data)
             yield buffer
+
+    def ranges(self, runs: Sequence[Run], interleaved: bool, use: str) -> Iterator[Bytes]:
+        """The bytes of runs, one run after another, or range by range of all of them."""
+        if interleaved:
+            width = sum(run.length for run in runs)
+            step = max(1, TILE // width)
+            for i in range(0, runs[0].count, step):
+                rows = min(step, runs[0].count - i)
+                buffer = self.arena.take(use, rows * width)
+                table, column = buffer.reshape(rows, width), 0
+                for run in runs:
+                    part = np.empty((rows, run.length), np.uint8)
+                    begin = run.start + i * run.stride
+                    self.source.readinto(run.file, begin, part.reshape(-1).data)
+                    table[:, column : column + run.length] = part
+                    column += run.length
+                yield buffer
+            return
+        for run in runs:
+            if not run.file:
+                yield np.zeros(run.length * run.count, np.uint8)
+            elif run.count == 1 or run.length > TILE:
+                for i in range(run.count):
+                    for start in range(0, run.length, TILE):
+                        buffer = self.arena.take(use, min(TILE, run.length - start))
+                        begin = run.start + i * run.stride + start
+                        self.source.readinto(run.file, begin, buffer.data)
+                        yield buffer
+            else:
+                step = TILE // run.length
+                for i in range(0, run.count, step):
+                    rows = min(step, run.count - i)
+                    buffer = self.arena.take(use, rows * run.length)
+                    for j in range(rows):
+                        part = buffer[j * run.length : (j + 1) * run.length]
+                        self.source.readinto(run.file, run.start + (i + j) * run.stride, part.data)
+                    yield buffer
 
     def digest(self, info: TensorInfo, hasher: Hasher | None = None) -> str:
         """Digest of a tensor; `hasher` has taken in what comes before its position."""

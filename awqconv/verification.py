@@ -39,7 +39,6 @@ from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
 from awqconv.feed import Feed, Reader
-from awqconv.plan import Piece
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
 from awqconv.targets.base import Linear, Part, Target, layout
@@ -149,7 +148,12 @@ def verify(
         model = open_model(folder)
         origin = open_model(source) if source is not None else None
         multiply = choose_kernel(device, kernel) if columns else None
-        check = _Check(model, manifest, origin, columns, multiply, progress or (lambda n: None))
+        kind: type[Check] = Check
+        if model.ranks:
+            from awqconv.forms.check import ShardedCheck
+
+            kind = ShardedCheck
+        check = kind(model, manifest, origin, columns, multiply, progress or (lambda n: None))
         reports, found, counts = check.run(chosen, jobs or len(os.sched_getaffinity(0)))
         problems += found
         if chosen and not reports:
@@ -197,7 +201,7 @@ def _files(folder: Folder, manifest: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(name, f"{MANIFEST} does not name this file of tensors")
 
 
-class _Check:
+class Check:
     """Tensors and modules of one folder."""
 
     def __init__(
@@ -245,7 +249,7 @@ class _Check:
     ) -> tuple[list[ModuleReport], list[Problem], tuple[int, int]]:
         """Reports and problems, and the number and bytes of the tensors looked at."""
         jobs: list[Callable[[], tuple[ModuleReport | None, list[Problem], int, int]]] = []
-        for item in self.model.items():
+        for item in self.items():
             if isinstance(item, Stored):
                 if not chosen or chosen.search(item.name):
                     jobs.append(lambda item=item: self._module(item))  # type: ignore[misc]
@@ -267,6 +271,10 @@ class _Check:
                 tensors += count
                 nbytes += size
         return reports, problems, (tensors, nbytes)
+
+    def items(self) -> Iterator[TensorInfo | Stored]:
+        """What is looked at: modules and other tensors."""
+        return self.model.items()
 
     def _digest(self, info: TensorInfo, hasher: Hasher | None = None) -> list[Problem]:
         """Compare a tensor's digest with the manifest's; `hasher` has taken in its beginning."""
@@ -381,8 +389,7 @@ class _Check:
     def _tiles(
         self, target: Any, part: Any, linear: Linear, module: Stored, e: int, hashers: Any
     ) -> Iterator[Bytes]:
-        piece = Piece(module, (0, linear.K), (0, linear.N), expert=e)
-        return self.encoder.tiles(target, part, linear, (piece,), hashers)
+        return self.encoder.tiles(target, part, linear, self.model.pieces(module)[e], hashers)
 
     def _source_tile(self, info: TensorInfo, offset: int, tile: Bytes) -> Bytes:
         assert self.origin_reader
@@ -393,15 +400,18 @@ class _Check:
     def _explain(self, module: Stored, original: Stored, theirs: Stored) -> str:
         """The first element that differs from the source, and the worst error of a weight."""
         linear, first, worst = original.linear, "", 0.0
+        assert self.origin
         assert self.origin_reader
         awq = layout("awq")
         for e in range(module.experts):
             arrays = []
-            for reader, stored in ((self.reader, original), (self.origin_reader, theirs)):
+            for reader, pieces in (
+                (self.reader, self.model.pieces(original)[e]),
+                (self.origin_reader, self.origin.pieces(theirs)[e]),
+            ):
                 encoder = Encoder(reader, SHARE)
-                piece = (Piece(stored, (0, linear.K), (0, linear.N), expert=e),)
                 rows = {
-                    str(part.of): [t.copy() for t in encoder.tiles(awq, part, linear, piece, {})]
+                    str(part.of): [t.copy() for t in encoder.tiles(awq, part, linear, pieces, {})]
                     for part in awq.parts(linear)
                 }
                 arrays.append(_weight(rows, linear, linear.scales))

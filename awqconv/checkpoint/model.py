@@ -117,7 +117,8 @@ class Model:
     `manifest` is None for a checkpoint that awqconv did not write. Where a folder holds shares of
     tensor-parallel ranks, `modules` and `others` are those of the checkpoint it was made from,
     `scattered` says of which pieces an expert of a module is made, `gathered` where the bytes of
-    another tensor lie.
+    another tensor lie; `ranks` are the ranks' own modules, `derived` what those of them were made
+    from that cannot be turned back, `plain` all other tensors of the files.
     """
 
     checkpoint: Checkpoint
@@ -130,6 +131,9 @@ class Model:
     manifest: dict[str, Any] | None = None
     scattered: Mapping[str, tuple[Pieces, ...]] = field(default_factory=dict)
     gathered: Mapping[str, Gathered] = field(default_factory=dict)
+    ranks: Mapping[str, Stored] = field(default_factory=dict)
+    derived: Mapping[str, tuple[Pieces, ...]] = field(default_factory=dict)
+    plain: tuple[TensorInfo, ...] = ()
 
     def pieces(self, module: Stored) -> tuple[Pieces, ...]:
         """Of what pieces each expert of a module is made (one expert, where it is no stack)."""

@@ -108,6 +108,9 @@ def open_sharded(source: Source) -> Model:
         scattered={name: turned.module(module) for name, module in model.modules.items()},
         gathered={info.name: turned.tensor(info) for info in model.others.values()}
         | {m.bias.name: turned.tensor(m.bias) for m in model.modules.values() if m.bias},
+        ranks=turned.ranks,
+        derived=turned.derived(),
+        plain=tuple(turned.plain),
     )
 
 
@@ -121,6 +124,9 @@ class _Turned:
         self.pieces: dict[tuple[str, int], list[Piece]] = defaultdict(list)
         self.ranges: dict[str, list[tuple[int, int, Run]]] = defaultdict(list)
         self.originals: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
+        self.ranks: dict[str, Stored] = {}
+        self.lossy: dict[str, tuple[Pieces, ...]] = {}
+        self.plain: list[TensorInfo] = []
 
     def _written(self, rank: int, wanted: TensorInfo) -> TensorInfo:
         info = self.found.get((rank, wanted.name))
@@ -137,12 +143,23 @@ class _Turned:
         """Take in the jobs of a rank, or of the originals kept beside (rank -1)."""
         for job in jobs:
             written = [self._written(rank, info) for info in outputs(job)]
+            if isinstance(job, Copy) or rank < 0:
+                self.plain += written
             if isinstance(job, Copy):
                 self._copy(job, written[0])
             elif rank < 0:
                 self.originals[job.name].update(zip(job.outputs, written, strict=True))
-            elif not layout(job.layout).lossy:
-                self._pack(job, dict(zip(job.outputs, written, strict=True)))
+            else:
+                name, parts = (
+                    f"rank {rank}: {job.name}",
+                    dict(zip(job.outputs, written, strict=True)),
+                )
+                stored = Stored(name, job.layout, job.linear, parts, experts=len(job.experts))
+                self.ranks[name] = stored
+                if layout(job.layout).lossy:
+                    self.lossy[name] = job.experts
+                else:
+                    self._pack(job, stored)
 
     def _copy(self, job: Copy, written: TensorInfo) -> None:
         at = written.start
@@ -152,8 +169,7 @@ class _Turned:
                 self.ranges[run.file].append((run.start, run.stride, here))
             at += run.length * run.count
 
-    def _pack(self, job: Pack, written: dict[str, TensorInfo]) -> None:
-        stored = Stored(job.name, job.layout, job.linear, written, experts=len(job.experts))
+    def _pack(self, job: Pack, stored: Stored) -> None:
         for expert, pieces in enumerate(job.experts):
             for piece in pieces:
                 (k, n), (rows, cols) = piece.at, (piece.rows, piece.cols)
@@ -167,11 +183,24 @@ class _Turned:
                     )
                 )
 
+    def derived(self) -> dict[str, tuple[Pieces, ...]]:
+        """What lossy modules of ranks were made from: pieces of the originals kept beside."""
+        return {
+            name: tuple(
+                tuple(replace(p, source=self._original(p.source)) for p in pieces)
+                for pieces in experts
+            )
+            for name, experts in self.lossy.items()
+        }
+
+    def _original(self, module: Stored) -> Stored:
+        return replace(module, tensors=self.originals[module.name], bias=None)
+
     def module(self, module: Stored) -> tuple[Pieces, ...]:
         """The pieces of each expert of a source module."""
         linear = module.linear
-        if kept := self.originals.get(module.name):
-            stored = replace(module, tensors=kept, bias=None)
+        if module.name in self.originals:
+            stored = self._original(module)
             rows, cols = (0, linear.K), (0, linear.N)
             return tuple((Piece(stored, rows, cols, expert=e),) for e in range(module.experts))
         experts = []
