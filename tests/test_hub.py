@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -156,6 +157,7 @@ def test_pull_into_the_shared_cache(repo: Repo, files: dict[str, bytes], tmp_pat
     assert sum(seen) == result.nbytes
     open_checkpoint(result.path)
     json.dumps(result.as_json())
+    assert not [thread for thread in threading.enumerate() if "tqdm" in thread.name]
 
     from huggingface_hub import try_to_load_from_cache
 

@@ -296,7 +296,8 @@ def _bar(count: Callable[[int], object]) -> type:
         if self.counts:
             count(int(n or 0))
 
-    return type("Bar", (base,), {"__init__": init, "update": update})
+    own = {"__init__": init, "update": update, "monitor_interval": 0}  # no thread to watch it
+    return type("Bar", (base,), own)
 
 
 def _files(siblings: Iterable[Any], where: str) -> dict[str, RemoteFile]:
