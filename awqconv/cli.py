@@ -57,6 +57,10 @@ def _root(
 def inspect(
     model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or hf://REPO[@REV].")],
     target: Annotated[str | None, typer.Option("--target", "-t", help="Check for this.")] = None,
+    tp: Annotated[
+        list[int] | None,
+        typer.Option("--tp", min=1, help="With --target: number of ranks; may be repeated."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is and what a target would make of it. Reads headers only."""
@@ -64,7 +68,7 @@ def inspect(
     from awqconv.hub import open_source
     from awqconv.inspection import inspect as run
 
-    found = run(open_source(model), target=target)
+    found = run(open_source(model), target=target, tp=tp or ())
     console.emit(found)
     group = "channelwise" if found.group_size == -1 else found.group_size
     console.facts(
@@ -89,6 +93,58 @@ def inspect(
     if found.verdicts is not None:
         console.say(f"{target} takes {found.taken} of {len(found.verdicts)} modules.")
         _fallbacks(console, [v for v in found.verdicts if v.rule])
+    if found.ranks:
+        console.table(
+            (">ranks", ">bytes of one", ">modules on the fallback", "cannot be shared"),
+            [
+                (
+                    r.tp,
+                    size(r.nbytes),
+                    len(r.fallbacks),
+                    "; ".join(f"{where}: {what}" for where, what in r.refused[:2]),
+                )
+                for r in found.ranks
+            ],
+        )
+        for rank in found.ranks:
+            if rank.fallbacks:
+                console.say(f"With {rank.tp} ranks:")
+                _fallbacks(console, rank.fallbacks)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Folder of a checkpoint, or hf://REPO[@REV].")],
+    *,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="Layouts; may be repeated.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", "-m", min=1, help="Rows M; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write a roofline to this .png or .svg.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure conversion rate and GEMM latency for a model's shapes on this machine."""
+    console = _console(json_mode=json)
+    from awqconv.bench import bench as run
+    from awqconv.targets import layout
+
+    names = tuple(target or ("marlin",))
+    for name in names:
+        layout(name)
+    result = run(model, names, tuple(batch or (1, 16, 64, 256)), device, console.hint)
+    console.emit(result.to_dict())
+    console.facts(
+        [("device", result.device), ("bandwidth", f"{size(result.bandwidth)}/s, measured")]
+    )
+    console.table(*result.table())
+    if plot:
+        result.plot(plot)
+        console.say(f"Roofline: {plot}")
 
 
 @app.command()
@@ -244,6 +300,7 @@ def verify(
                 )
             ]
         )
+    _notes(console, found.notes)
     for problem in found.problems[:SHOWN]:
         console.say(f"  {problem}", style="red")
     if len(found.problems) > SHOWN:

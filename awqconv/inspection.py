@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+from awqconv.capacity import Capacity, capacity
 from awqconv.checkpoint.model import Model, open_model
 from awqconv.checkpoint.source import Source
+from awqconv.errors import AwqconvError
 from awqconv.hub import PREFIX
-from awqconv.plan import Verdict, verdict
+from awqconv.plan import Verdict, verdicts
 from awqconv.targets.base import layout
 
 
@@ -32,6 +35,7 @@ class Inspection:
     """What a checkpoint is. Sizes in bytes; `group_size` is the config's, -1 for channelwise.
 
     `to_download` is what a conversion of a model on the hub downloads, with its other files.
+    `ranks` says what numbers of tensor-parallel ranks would make of it, where asked for.
     `verdicts` and `target` are there if a target was asked for: what it would do with each module.
     """
 
@@ -50,6 +54,7 @@ class Inspection:
     target: str | None = None
     verdicts: list[Verdict] | None = None
     to_download: int = 0
+    ranks: list[Capacity] = field(default_factory=list)
 
     @property
     def taken(self) -> int:
@@ -57,19 +62,26 @@ class Inspection:
         return sum(not v.rule for v in self.verdicts or [])
 
 
-def inspect(model: str | os.PathLike[str] | Source, *, target: str | None = None) -> Inspection:
+def inspect(
+    model: str | os.PathLike[str] | Source, *, target: str | None = None, tp: Sequence[int] = ()
+) -> Inspection:
     """Inspect a checkpoint's headers; with `target`, say for each module what it would become.
 
-    Raises AwqconvError for a checkpoint that `convert` would refuse to read.
+    `tp`: numbers of tensor-parallel ranks to say what fits for, and the bytes of a rank.
+
+    Raises AwqconvError for a checkpoint that `convert` would refuse to read, and for `tp` without
+    a target.
     """
+    if tp and not target:
+        raise AwqconvError("--tp says nothing without a target", fix="Add --target.")
     opened = open_model(model)
     try:
-        return _inspect(opened, target)
+        return _inspect(opened, target, tp)
     finally:
         opened.checkpoint.source.close()
 
 
-def _inspect(opened: Model, target: str | None) -> Inspection:
+def _inspect(opened: Model, target: str | None, tp: Sequence[int]) -> Inspection:
     counts: Counter[tuple[str, int, int, int, str]] = Counter()
     sizes: Counter[tuple[str, int, int, int, str]] = Counter()
     for module in opened.modules.values():
@@ -79,10 +91,13 @@ def _inspect(opened: Model, target: str | None) -> Inspection:
         counts[key] += module.experts
         sizes[key] += sum(info.nbytes for info in module.tensors.values())
     tensors = opened.checkpoint.tensors.values()
-    verdicts = None
+    decided = None
+    ranks: list[Capacity] = []
     if target:
         chosen = layout(target)
-        verdicts = [verdict(m.original(), chosen, "keep") for m in opened.modules.values()]
+        sources = {name: module.original() for name, module in opened.modules.items()}
+        decided = list(verdicts(sources, chosen, "keep").values())
+        ranks = capacity(opened, chosen, tp) if tp else []
     name = opened.checkpoint.source.name
     return Inspection(
         name,
@@ -102,6 +117,7 @@ def _inspect(opened: Model, target: str | None) -> Inspection:
         list(opened.quantization.modules_to_not_convert),
         opened.notes,
         target,
-        verdicts,
+        decided,
         sum(opened.checkpoint.files.values()) if name.startswith(PREFIX) else 0,
+        ranks,
     )
