@@ -309,8 +309,9 @@ def _nbytes(spec: Spec) -> int:
 def _config(plan: Plan) -> dict[str, Any]:
     """The output's config.json: the source's, with the quantization it now has."""
     model, quant = plan.model, plan.model.quantization
+    config = model.checkpoint.config
     if plan.form != "hf":  # what the engine picks its own layers by
-        return {**model.checkpoint.config, "quantization_config": model.source_quantization}
+        return _placed(config, model.source_quantization)
     common = {
         "quant_method": "awqconv",
         "target": plan.target.name,
@@ -329,4 +330,16 @@ def _config(plan: Plan) -> dict[str, Any]:
     common["unquantized"] = model.unquantized()
     written = plan.target.quantization_config(common)
     written.pop("unquantized", None)
-    return {**model.checkpoint.config, "quantization_config": written}
+    return _placed(config, written)
+
+
+def _placed(config: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
+    """The config with another quantization_config, where it has one: a multimodal model may have
+    it in a part."""
+    entry = {"quantization_config": written}
+    parts = {
+        key: {**part, **entry}
+        for key, part in config.items()
+        if key.endswith("_config") and isinstance(part, dict) and part.get("quantization_config")
+    }
+    return {**config, **parts, **(entry if "quantization_config" in config or not parts else {})}

@@ -157,6 +157,32 @@ def test_the_output_is_what_hf_tools_expect(tmp_path):
     assert not list((tmp_path / "out").glob("journal*"))
 
 
+def test_a_multimodal_config_keeps_its_place(tmp_path):
+    source = make_checkpoint(tmp_path / "m").path
+    config = json.loads((source / "config.json").read_text())
+    nested = {"vision_config": {"depth": 2}, "text_config": config}
+    (source / "config.json").write_text(json.dumps(nested))
+    awqconv.convert(source, tmp_path / "out", target="npu")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["text_config"]["quantization_config"]["quant_method"] == "awqconv"
+    assert set(written) == {"vision_config", "text_config"}
+    awqconv.convert(tmp_path / "out", tmp_path / "back", target="awq")
+    assert json.loads((tmp_path / "back/config.json").read_text()) == nested
+
+
+def test_an_older_quant_config_file_is_understood_and_not_left_to_contradict(tmp_path):
+    source = make_checkpoint(tmp_path / "m").path
+    config = json.loads((source / "config.json").read_text())
+    config.pop("quantization_config")
+    (source / "config.json").write_text(json.dumps(config))
+    older = {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}
+    (source / "quant_config.json").write_text(json.dumps(older))
+    awqconv.convert(source, tmp_path / "out", target="npu")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["quantization_config"]["quant_method"] == "awqconv"
+    assert not (tmp_path / "out/quant_config.json").exists()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_scale_dtype_rounds_as_numpy_does_and_can_be_turned_back(tmp_path, dtype):
     import torch
