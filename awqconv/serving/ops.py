@@ -22,6 +22,12 @@ from awqconv.targets import Linear, Target
 Packed = Mapping[str, Tensor]
 Multiply = Callable[[Tensor], Tensor]
 
+DTYPES = {
+    "I32": torch.int32, "I64": torch.int64, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 # Rows from which one dequantization and a BLAS product beat the kernel that unpacks as it goes.
 DENSE_ROWS = 128
 

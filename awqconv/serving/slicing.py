@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from awqconv.errors import AwqconvError
 from awqconv.repack import layouts
@@ -83,6 +83,27 @@ def reorder(scales: Tensor, was: Pattern, becomes: Pattern) -> Tensor:
     order = torch.empty_like(old)
     order[new] = old
     return scales[..., order.to(scales.device)].contiguous()
+
+
+def copy_expert(into: Tensor, loaded: Tensor, shard: str, at: Cut, rank: int) -> None:
+    """Copy a rank's part of one expert's tensor: w1 (gate) and w3 (up) by columns, w2 by rows."""
+    if shard == "w2":
+        dim, size = at.rows, into.shape[at.rows]
+    else:
+        dim, size = at.columns, into.shape[at.columns] // 2
+        into = into.narrow(dim, 0 if shard == "w1" else size, size)
+    if loaded.shape[dim] != size:
+        loaded = loaded.narrow(dim, rank * size, size)
+    into.copy_(loaded)
+
+
+def release(layer: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Put plain parameters in the place of the loader's; the tensors, by name."""
+    packed: dict[str, Tensor] = {}
+    for name in names:
+        packed[name] = getattr(layer, name).data
+        setattr(layer, name, nn.Parameter(packed[name], requires_grad=False))
+    return packed
 
 
 def single_group(scales: Tensor) -> Tensor:

