@@ -17,7 +17,7 @@ from awqconv.repack.axes import Layout
 from awqconv.repack.engine import aligned
 
 Bytes = NDArray[np.uint8]
-TILE = 2 << 20  # bytes that are handled at a time
+TILE = 1 << 20  # bytes that are handled at a time
 
 
 class Arena(threading.local):

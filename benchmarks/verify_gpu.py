@@ -1,0 +1,67 @@
+"""Verification on a GPU beside the copy of the same bytes to it.
+
+    python benchmarks/synthetic.py llama-8b /tmp/llama-8b
+    python benchmarks/verify_gpu.py /tmp/llama-8b /tmp/out [--target marlin amx] [--json]
+
+For each target: convert, then verify with products on the GPU (twice: the first run compiles the
+kernels) and on the CPU, and copy the files' bytes to the GPU (a read into a pinned buffer, then a
+copy, 64 MB at a time). All files are in the page cache.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+import awqconv
+
+CHUNK = 64 << 20
+
+
+def copy(folder: Path) -> float:
+    """Seconds to bring all tensors' bytes to the GPU."""
+    buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(CHUNK, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb", buffering=0) as handle:
+            while count := handle.readinto(buffer.numpy()):
+                there[:count].copy_(buffer[:count])
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--target", nargs="+", default=["marlin", "npu", "amx"])
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = []
+    for target in args.target:
+        converted = awqconv.convert(args.model, args.out, target=target)
+        copy(args.out)
+        row: dict[str, object] = {"target": target, "convert": converted.seconds}
+        row["copy"] = min(copy(args.out) for _ in range(3))
+        for device in ("cuda", "cuda", "cpu"):
+            found = awqconv.verify(args.out, device=device)
+            name = device if device not in row else f"{device} again"
+            row[name] = found.seconds
+            row["ok"] = found.ok
+            nearest = found.nearest
+            row["nearest"] = nearest and [nearest.module, nearest.error, nearest.bound]
+        rows.append(row)
+        shutil.rmtree(args.out)
+        if not args.json:
+            print(row)  # noqa: T201
+    if args.json:
+        print(json.dumps(rows))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
