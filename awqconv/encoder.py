@@ -199,17 +199,12 @@ class Encoder:
                 low, high = max(start, piece.at[1]), min(stop, piece.at[1] + _width(piece.cols))
                 if low >= high:
                     continue
-                cols = [c - piece.at[1] + piece.cols[0] for c in (low, high)]
-                q, z, s = (feeds[of][i] for of in "qzs")
-                source, at = q.window(1, *cols)
-                nibbles = np.empty((at.shape[0], at.shape[1] // 2), np.uint8)
-                as_rows = Part("", "q", NIBBLES, "U8")
-                recode(source, q.part, at, nibbles.reshape(-1), as_rows, NIBBLES.bind(at.shape))
-                zeros = read_zeros(*_args(z, cols))
-                scales = read_numbers(*_args(s, cols))
-                raw = caster(s.part.dtype, linear.scales)(scales)
-                g = piece.source.linear.g
-                block = dequantize(nibbles, zeros, to_float32(raw, linear.scales), g)
+                first = low - piece.at[1] + piece.cols[0]
+                q, z, raw = (
+                    _columns(feeds[of][i], first, first + high - low, linear.scales) for of in "qzs"
+                )
+                scales = to_float32(raw, linear.scales)
+                block = dequantize(q, z, scales, piece.source.linear.g)
                 k = piece.at[0]
                 rows = block[slice(*piece.rows)]
                 weight[k : k + rows.shape[0], low - start : high - start] = rows
@@ -221,9 +216,13 @@ def _width(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def _args(feed: Feed, cols: list[int]) -> tuple[Bytes, Part, Layout]:
-    source, at = feed.window(1, *cols)
-    return source, feed.part, at
+def _columns(feed: Feed, low: int, high: int, scales: str) -> NDArray[Any]:
+    """All rows of columns low..high, as `_plain` gives them, wherever granules lie."""
+    grain = max(axis.logical for axis in feed.layout.axes if axis.dim == 1)
+    first, last = low // grain * grain, -(-high // grain) * grain
+    plain = _plain(*feed.window(1, first, last), feed.part, scales)
+    width = 1 if feed.part.of == "s" else 2
+    return plain[:, (low - first) // width : (high - first) // width]
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,6 +168,19 @@ def test_channelwise_ranks_have_all_scales(tmp_path):
     assert any("Channelwise" in note for note in plan.notes)
 
 
+def test_plain_weights_of_shards_come_from_any_layout(tmp_path):
+    # One group a rank: npu dequantizes all; k and v are cut inside Marlin's granule.
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM", g=256, heads=8, kv_heads=2)
+    awqconv.convert(source.path, tmp_path / "marlin", target="marlin")
+    sharded(source.path, tmp_path / "a", 2, "npu")
+    sharded(tmp_path / "marlin", tmp_path / "b", 2, "npu")
+    for rank in range(2):
+        mine = rank_tensors(tmp_path / "a", rank)
+        assert mine == rank_tensors(tmp_path / "b", rank)
+        assert mine["model.layers.0.self_attn.qkv_proj.weight"].dtype == "BF16"
+    assert back(tmp_path / "b", tmp_path / "back") == source_tensors(source.path)
+
+
 def test_a_sharded_folder_converts_to_any_target_as_its_source_does(tmp_path):
     source, _ = make_model(tmp_path / "m", "MixtralForCausalLM", kv_heads=2, I=384)
     sharded(source.path, tmp_path / "shards", 4)
