@@ -29,9 +29,10 @@ ENGINES = ("transformers", "vllm", "sglang")
 
 def load_transformers(folder: str, dtype: str) -> float:
     """Seconds to load and answer with one token."""
-    import awqconv.serving.transformers  # noqa: F401
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import awqconv.serving.transformers  # noqa: F401
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     began = time.perf_counter()

@@ -131,7 +131,7 @@ def test_mixtures(python: str, work: Path, name: str) -> None:
 def test_two_ranks(python: str, work: Path, name: str, target: str) -> None:
     """K of a rank is the group size here: Marlin's scales go to the one-group order."""
     if (name, target) == ("mixtral-tiny-awq", "xpu"):
-        pytest.skip("xpu stores experts as plain weights, and vLLM joins them with packed ones")
+        pytest.skip("xpu stores experts rounded to bf16: their text may differ")
     expected = generate(python, plain(python, work, name))
     assert generate(python, converted(work, name, target), ranks=2) == expected
 

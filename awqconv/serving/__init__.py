@@ -2,9 +2,13 @@
 
     config        what a converted folder's quantization_config says, checked
     ops           one packed layer on a device and what multiplies by it there
+    slicing       how a packed tensor is cut and joined over tensor parallel ranks
     transformers  the quantizer; import it once before from_pretrained
     vllm, sglang  plugins that the engines find by themselves, through entry points
     launch        the commands that serve a converted folder
 
-An engine is imported by its own module here and nowhere else.
+An engine is imported by its own module here and nowhere else. Without this package installed vLLM
+and SGLang refuse a converted folder: "Unknown quantization method: awqconv". transformers only
+warns ("Unknown quantization type, got awqconv") and goes on with random weights in place of the
+packed ones; nothing that a folder holds makes it stop.
 """

@@ -10,12 +10,12 @@ SHARDED: Final = "sglang-sharded"
 # Engines by target, what suits the target best first, each with the flags it wants there.
 VLLM, SGLANG, TRANSFORMERS = "vLLM", "SGLang", "transformers"
 ENGINES: Final = {
-    "marlin": {SGLANG: "", VLLM: "", TRANSFORMERS: "cuda"},
-    "npu": {SGLANG: "--device npu --attention-backend ascend", TRANSFORMERS: "npu"},
-    "amx": {SGLANG: "--device cpu", VLLM: "", TRANSFORMERS: "cpu"},
-    "xpu": {SGLANG: "--device xpu", TRANSFORMERS: "xpu"},
-    "compressed-tensors": {VLLM: "", TRANSFORMERS: "auto"},
-    "awq": {VLLM: "", SGLANG: "", TRANSFORMERS: "auto"},
+    "marlin": {SGLANG: "", VLLM: "", TRANSFORMERS: ""},
+    "npu": {SGLANG: "--device npu --attention-backend ascend", TRANSFORMERS: ""},
+    "amx": {SGLANG: "--device cpu", VLLM: "", TRANSFORMERS: ""},
+    "xpu": {SGLANG: "--device xpu", TRANSFORMERS: ""},
+    "compressed-tensors": {VLLM: ""},
+    "awq": {VLLM: "", SGLANG: ""},
 }
 OWN: Final = ("awq", "compressed-tensors")  # layouts that the engines read by themselves
 
@@ -26,7 +26,7 @@ def launch_command(target: str, dest: str, form: str = "hf", tp: int = 1) -> lis
     `form` is hf or sglang-sharded, `tp` the number of tensor parallel ranks. Targets of other
     packages get the transformers loader, which runs any target.
     """
-    engines = ENGINES.get(target, {TRANSFORMERS: "auto"})
+    engines = ENGINES.get(target, {TRANSFORMERS: ""})
     if form == SHARDED:
         engines = {SGLANG: f"{engines.get(SGLANG, '')} --load-format sharded_state".strip()}
     return [(name, _COMMANDS[name](target, dest, flags, tp)) for name, flags in engines.items()]
@@ -41,14 +41,9 @@ def _sglang(target: str, dest: str, flags: str, tp: int) -> str:
     return _join("python -m sglang.launch_server --model-path", quote(dest), parallel, flags)
 
 
-def _transformers(target: str, dest: str, device: str, tp: int) -> str:
-    # transformers finds no plugins by itself: its quantizer is there once this module is imported.
-    loader = "" if target in OWN else "import awqconv.serving.transformers; "
-    code = (
-        f"{loader}from transformers import pipeline; "
-        f"print(pipeline('text-generation', {dest!r}, device_map={device!r})('Hello'))"
-    )
-    return f"python -c {quote(code)}"
+def _transformers(target: str, dest: str, flags: str, tp: int) -> str:
+    # transformers finds no plugins by itself: this module imports the loader, then generates.
+    return f"python -m awqconv.serving.transformers {quote(dest)}"
 
 
 _COMMANDS = {VLLM: _vllm, SGLANG: _sglang, TRANSFORMERS: _transformers}
