@@ -13,11 +13,12 @@ from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import Run, Stored
 from awqconv.checkpoint.source import Source
 from awqconv.digest import Hasher
-from awqconv.repack.axes import Layout
+from awqconv.repack.axes import Axis, Layout
 from awqconv.repack.engine import aligned
 
 Bytes = NDArray[np.uint8]
 TILE = 1 << 20  # bytes that are handled at a time
+CALL = 1 << 14  # bytes that are copied in the time of one call to read a few
 
 
 class Arena(threading.local):
@@ -95,8 +96,8 @@ class Reader:
 class Feed:
     """One array of one stored module: any slice of it, digested on the way when read in order.
 
-    `budget`: bytes up to which a tensor is held whole where a slice is not contiguous. `slot`
-    tells feeds of one array apart that a thread uses at the same time.
+    `budget`: bytes that may be held where a slice is not contiguous: the whole array, or a strip as
+    wide as that. `slot` tells feeds of one array apart that a thread uses at the same time.
     """
 
     def __init__(
@@ -118,39 +119,50 @@ class Feed:
         self.budget, self._reader = budget, reader
         self._use = f"source {of} {slot}"
         self._hasher = hashers.setdefault(self.info, Hasher(self.info.start))
-        self._whole: Bytes | None = None
+        self._strip: Bytes = np.empty(0, np.uint8)
+        self._first = self._last = 0  # what the strip holds
 
-    def _read(self, start: int, stop: int) -> Bytes:
-        buffer = self._reader.arena.take(self._use, stop - start)
+    def _read(self, use: str, start: int, stop: int) -> Bytes:
+        buffer = self._reader.arena.take(use, stop - start)
         self._reader.source.readinto(self.info.file, self.base + start, buffer.data)
         self._hasher.update(self.base + start, buffer)
         return buffer
 
-    def whole(self) -> Bytes:
-        """All of the array's bytes. Held until another module's are asked for by the thread."""
-        if self._whole is None:
-            self._whole = self._read(0, self.size)
-        return self._whole
-
     def window(self, dim: int, start: int, stop: int) -> tuple[Bytes, Layout]:
         """Bytes that hold start..stop of a logical dimension, and the layout of that slice."""
         outer, second = self.layout.axes[:2]
-        unit = outer.stored * self.part.bits // 8
-        if self._whole is not None:
-            return self._whole, self.layout.slice(dim, start, stop)
         if outer.dim == dim:
+            unit = outer.stored * self.part.bits // 8
             low, high = start // outer.logical, stop // outer.logical
             piece = replace(self.layout.slice(dim, start, stop), offset=0)
-            return self._read(low * unit, high * unit), piece
-        if self.size <= self.budget:
-            return self.whole(), self.layout.slice(dim, start, stop)
-        # A strip: the same range of every unit of the outer axis, one after another.
-        each = second.stored * self.part.bits // 8
+            return self._read(self._use, low * unit, high * unit), piece
+        if not (self._first <= start and stop <= self._last):
+            length = self.layout.shape[dim]
+            fit = self.budget * length // self.size // second.logical * second.logical
+            self._first, self._last = start, min(max(start + fit, stop), length)
+            self._strip = self._across(outer, second, self._first, self._last)
+        strip, last = self._strip, self._last - self._first
+        shape = tuple(last if d == dim else n for d, n in enumerate(self.layout.shape))
+        whole = self.part.pattern.bind(shape)
+        if (start, stop) == (self._first, self._last):
+            return strip, whole
+        return strip, whole.slice(dim, start - self._first, stop - self._first)
+
+    def _across(self, outer: Axis, second: Axis, start: int, stop: int) -> Bytes:
+        """A strip: the same range of every unit of the outer axis, one after another."""
+        unit, each = (axis.stored * self.part.bits // 8 for axis in (outer, second))
         low, high = start // second.logical * each, stop // second.logical * each
+        if high - low == unit:
+            return self._read(self._use, 0, self.size)
         strip = self._reader.arena.take(self._use, (high - low) * outer.size)
-        view = strip.data
-        for i in range(outer.size):
-            target = view[i * (high - low) : (i + 1) * (high - low)]
-            self._reader.source.readinto(self.info.file, self.base + i * unit + low, target)
-        shape = tuple(stop - start if d == dim else n for d, n in enumerate(self.layout.shape))
-        return strip, self.part.pattern.bind(shape)
+        table = strip.reshape(outer.size, high - low)
+        if unit <= CALL:
+            step = max(1, TILE // unit)
+            for i in range(0, outer.size, step):
+                rows = self._read("units", i * unit, min(i + step, outer.size) * unit)
+                table[i : i + step] = rows.reshape(-1, unit)[:, low:high]
+        else:
+            for i in range(outer.size):
+                at = self.base + i * unit + low
+                self._reader.source.readinto(self.info.file, at, table[i].data)
+        return strip
