@@ -8,7 +8,7 @@ a tile of memory: the source tensor is then held whole if there is room, and els
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, lcm
 from typing import Any
 
@@ -94,7 +94,7 @@ class Encoder:
         to = part.layout(linear)
         feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
         dim, cuts = self._tiles(part, to, feeds)
-        moves = _moves(pieces, part.of, linear.g)
+        moves = _moves(pieces, part.of, linear.g, strided=dim == 1)
         fits = all(_fits(move, feeds[move.slot].layout, to, dim) for move in moves)
         put = self._put if fits else self._put_loose
         zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
@@ -127,9 +127,10 @@ class Encoder:
             feed = feeds[move.slot]
             low, size = move.source[dim], move.shape[dim]
             source, at = feed.window(dim, low, low + size)
-            at = _slice(at, other, move.source[other], move.shape[other])
-            into = _slice(_slice(tile, dim, move.at[dim], size), other, move.at[other],
-                          move.shape[other])  # fmt: skip
+            rest = move.shape[other]
+            at = _slice(at, other, move.source[other], rest, move.steps[0])
+            into = _slice(tile, dim, move.at[dim], size)
+            into = _slice(into, other, move.at[other], rest, move.steps[1])
             if not move.again:
                 recode(source, feed.part, at, buffer, part, into, scales)
                 continue
@@ -159,9 +160,10 @@ class Encoder:
             plain = _plain(*feed.window(dim, low, high), feed.part, linear.scales)
             begin = [x - (low if d == dim else 0) for d, x in enumerate(move.source)]
             (k, n), (K, N) = begin, move.shape
-            block = plain[k : k + K, n // width : (n + N) // width]
+            a, b = move.steps
+            block = plain[k : k + K * a : a, n // width : (n + N) // width]
             k, n = move.at
-            view = rows[k : k + K, n // width : (n + N) // width]
+            view = rows[k : k + K * b : b, n // width : (n + N) // width]
             if move.again:
                 _check_again(feed, np.array_equal(view, block))
             view[...] = block
@@ -234,6 +236,7 @@ class Move:
     shape: tuple[int, int]
     at: tuple[int, int]
     again: bool = False
+    steps: tuple[int, int] = (1, 1)  # from row to row, in the source and where it lands
 
     def cut(self, dim: int, start: int, stop: int) -> Move | None:
         """What a tile start..stop of `dim` takes of it, `at` counted from the tile's start."""
@@ -243,16 +246,17 @@ class Move:
         shift = low - self.at[dim]
         source, shape, at = list(self.source), list(self.shape), list(self.at)
         source[dim], shape[dim], at[dim] = source[dim] + shift, high - low, low - start
-        return Move(self.slot, _pair(source), _pair(shape), _pair(at), self.again)
+        return Move(self.slot, _pair(source), _pair(shape), _pair(at), self.again, self.steps)
 
 
 def _pair(values: list[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _moves(pieces: Sequence[Piece], of: str, g: int) -> list[Move]:
+def _moves(pieces: Sequence[Piece], of: str, g: int, *, strided: bool = False) -> list[Move]:
     """Where the elements of one array go: rows of codes; rows of scales and zero points, which may
-    be fewer or more in a source whose groups are larger or smaller than the output's `g`."""
+    be fewer or more in a source whose groups are larger or smaller than the output's `g`: then
+    every so many rows in one move, if `strided` and if groups begin together, else row by row."""
     moves: list[Move] = []
     seen: set[tuple[int, int]] = set()
     for slot, piece in enumerate(pieces):
@@ -263,15 +267,28 @@ def _moves(pieces: Sequence[Piece], of: str, g: int) -> list[Move]:
         elif g == theirs:
             groups = (high - low) // g
             moves.append(Move(slot, (low // g, first), (groups, width), (k // g, n), piece.again))
+        elif (
+            strided
+            and max(g, theirs) % min(g, theirs) == 0
+            and not any(x % max(g, theirs) for x in (low, high, k))
+        ):
+            fine, coarse = theirs // g, g // theirs  # one of them is 0
+            count = (high - low) // max(g, theirs)
+            for j in range(fine or coarse):
+                source = (low // theirs + (0 if fine else j), first)
+                place = (k // g + (j if fine else 0), n)
+                steps = (1, fine) if fine else (coarse, 1)
+                again = piece.again or bool(coarse and j)
+                moves.append(Move(slot, source, (count, width), place, again, steps))
         else:
             pairs = dict.fromkeys(
                 ((low + row) // theirs, (k + row) // g)
                 for row in range(0, high - low, gcd(g, theirs, low, k))
             )
-            for source, at in pairs:
+            for row, at in pairs:
                 again = piece.again or (at, n) in seen
                 seen.add((at, n))
-                moves.append(Move(slot, (source, first), (1, width), (at, n), again))
+                moves.append(Move(slot, (row, first), (1, width), (at, n), again))
     return moves
 
 
@@ -286,8 +303,18 @@ def _fits(move: Move, source: Layout, to: Layout, dim: int) -> bool:
     return True
 
 
-def _slice(at: Layout, dim: int, start: int, size: int) -> Layout:
-    return at if (start, size) == (0, at.shape[dim]) else at.slice(dim, start, start + size)
+def _slice(at: Layout, dim: int, start: int, size: int, step: int = 1) -> Layout:
+    """`size` rows or columns from `start` on, every `step`-th of them."""
+    if step == 1:
+        return at if (start, size) == (0, at.shape[dim]) else at.slice(dim, start, start + size)
+    (axis,) = (axis for axis in at.axes if axis.dim == dim)  # groups are one axis in every pattern
+    wide = replace(axis, size=size, stored=axis.stored * step)
+    return replace(
+        at,
+        shape=tuple(size if d == dim else n for d, n in enumerate(at.shape)),
+        axes=tuple(wide if a is axis else a for a in at.axes),
+        offset=at.offset + start * axis.stored,
+    )
 
 
 def _plain(source: Bytes, at: Layout, part: Part, scales: str = "") -> NDArray[Any]:
