@@ -1,9 +1,9 @@
 """awqconv: AWQ int4 checkpoints, repacked ahead of time for the kernel that will read them.
 
-    >>> import awqconv
-    >>> awqconv.convert("model-awq", "model-marlin", target="marlin")   # doctest: +SKIP
-    >>> awqconv.verify("model-marlin").ok                                # doctest: +SKIP
-    True
+>>> import awqconv
+>>> awqconv.convert("model-awq", "model-marlin", target="marlin")   # doctest: +SKIP
+>>> awqconv.verify("model-marlin").ok                                # doctest: +SKIP
+True
 """
 
 from __future__ import annotations

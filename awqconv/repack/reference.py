@@ -31,7 +31,7 @@ def restore(
 
 def pack_nibbles(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Codes 0..15 [..., 2m] to bytes [..., m], the lower nibble first."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
 
 
 def unpack_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
