@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib import metadata
 from pathlib import Path
@@ -67,14 +69,38 @@ def load_sglang(folder: str, dtype: str) -> float:
     return time.perf_counter() - began
 
 
+def resident() -> int:
+    """Resident bytes of this process and all it started; shared pages count in each."""
+    parents, pages = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                pages[int(entry.name)] = int((entry / "statm").read_text().split()[1])
+            except (OSError, IndexError):  # it has ended
+                continue
+            parents[int(entry.name)] = int(fields[1])
+    mine, total = {os.getpid()}, 0
+    for process in sorted(parents):  # a child's number is larger, until numbers wrap around
+        if process in mine or parents[process] in mine:
+            mine.add(process)
+            total += pages.get(process, 0)
+    return total * resource.getpagesize()
+
+
 def measure(engine: str, folder: str, dtype: str) -> dict[str, Any]:
     """One load in this process."""
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        while True:
+            peak = max(peak, resident())
+            time.sleep(0.05)
+
+    threading.Thread(target=watch, daemon=True).start()
     seconds = globals()[f"load_{engine}"](folder, dtype)
-    peak = max(
-        resource.getrusage(who).ru_maxrss
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    found = {"ready_s": round(seconds, 3), "peak_rss_mib": peak // 1024}
+    found = {"ready_s": round(seconds, 3), "peak_rss_mib": peak >> 20}
     import torch
 
     if torch.cuda.is_available():
