@@ -132,9 +132,10 @@ def check(plan: Plan, dest: Path, *, overwrite: bool = False) -> None:
     staged = real.with_name(real.name + ".partial")
     here = sum(f.stat().st_blocks * 512 for f in staged.rglob("*")) if staged.is_dir() else 0
     free = shutil.disk_usage(parent).free + here
-    if plan.nbytes > free:
+    need = plan.nbytes + sum(plan.model.checkpoint.files[name] for name in plan.copies)
+    if need > free:
         raise AwqconvError(
-            f"{plan.nbytes:,} bytes to write, {free:,} free",
+            f"{need:,} bytes to write, {free:,} free",
             str(parent),
             "Free some space, or choose another destination.",
         )
@@ -158,8 +159,11 @@ def run(
     staging = Staging(dest, plan.identity(), overwrite=overwrite)
     try:
         executor = _Executor(plan, staging, share, progress or (lambda count: None))
-        executor.run(workers)
-        manifest = executor.finish()
+        try:
+            executor.run(workers)
+            manifest = executor.finish()
+        finally:  # also where a read failed because of it
+            executor.check_source()
         staging.commit(manifest)
     finally:
         staging.close()
@@ -267,7 +271,10 @@ class _Executor:
             for start in range(0, info.nbytes, TILE):
                 self.check_stop()
                 buffer = self.reader.arena.take("check", min(TILE, info.nbytes - start))
-                self.staging.readinto(info.file, info.start + start, buffer.data)
+                try:
+                    self.staging.readinto(info.file, info.start + start, buffer.data)
+                except AwqconvError:
+                    return False  # unreadable: it is written again
                 hasher.update(start, buffer)
             if hasher.hexdigest() != entry["outputs"].get(info.name):
                 return False
@@ -339,9 +346,7 @@ class _Executor:
         plan, model = self.plan, self.plan.model
         files: dict[str, Any] = {}
         for name in plan.copies:
-            data = self.source.read(name, 0, model.checkpoint.files[name])
-            self.staging.put(name, data)
-            files[name] = {"size": len(data), "digest": digest(data)}
+            files[name] = self._copy_file(name, model.checkpoint.files[name])
         texts = {"config.json": plan.config} | ({INDEX: plan.index} if plan.index else {})
         for name, value in texts.items():
             data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
@@ -364,16 +369,35 @@ class _Executor:
                 "header": digest(file.header),
                 "tensors": {name: outputs[file.name, name] for name in file.tensors},
             }
-        for name, was in self.began.items():
-            if list(self.source.fingerprint(name)) != was:
-                raise AwqconvError(
-                    "the file changed while it was being converted",
-                    f"{self.source.name}/{name}",
-                    f"Let nothing write to the model, then: rm -r {self.staging.path}, and rerun",
-                )
         manifest = self._manifest(files, sources)
         self.staging.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return [*files, MANIFEST]
+
+    def _copy_file(self, name: str, size: int) -> dict[str, Any]:
+        """Copy a file that is no checkpoint; its entry in the manifest."""
+        hasher = Hasher()
+        self.staging.create(name, size, b"")
+        for start in range(0, size, TILE):
+            buffer = self.reader.arena.take("copy", min(TILE, size - start))
+            self.source.readinto(name, start, buffer.data)
+            hasher.update(start, buffer)
+            self.staging.write(name, start, buffer.data)
+        self.staging.sync(name)
+        return {"size": size, "digest": hasher.hexdigest()}
+
+    def check_source(self) -> None:
+        """Raises AwqconvError where a source file is not as it was when the run began.
+
+        What was made of it may be wrong then, so the next run begins anew.
+        """
+        for name, was in self.began.items():
+            if list(self.source.fingerprint(name)) != was:
+                self.staging.forget()
+                raise AwqconvError(
+                    "the file changed while it was being converted",
+                    f"{self.source.name}/{name}",
+                    "Let nothing write to the model, then run the same command again.",
+                )
 
     def _manifest(self, files: Mapping[str, Any], sources: Mapping[str, str]) -> dict[str, Any]:
         plan, model = self.plan, self.plan.model

@@ -64,8 +64,17 @@ def tensors(model: str, layers: int | None, g: int) -> Iterator[Spec]:
     yield "lm_head.weight", "F16", (vocabulary, hidden)
 
 
-def make(model: str, dest: Path, *, layers: int | None, g: int, shard: int, seed: int) -> int:
-    """Write the checkpoint; the number of bytes of its tensors."""
+def make(
+    model: str,
+    dest: Path,
+    *,
+    layers: int | None,
+    g: int,
+    shard: int,
+    seed: int,
+    zeros: bool = False,
+) -> int:
+    """Write the checkpoint; the number of bytes of its tensors. `zeros`: holes instead of data."""
     dest.mkdir(parents=True)
     shards: list[list[Spec]] = [[]]
     room = shard
@@ -87,6 +96,9 @@ def make(model: str, dest: Path, *, layers: int | None, g: int, shard: int, seed
             file.write(header)
             for tensor, info in places.items():
                 index[tensor] = name
+                if zeros:
+                    file.truncate(info.stop)
+                    continue
                 for start in range(0, info.nbytes, CHUNK):
                     count = min(CHUNK, info.nbytes - start)
                     if info.dtype == "I32":

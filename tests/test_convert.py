@@ -395,7 +395,7 @@ def test_a_source_that_changes_under_the_run_is_noticed(tmp_path, monkeypatch):
         real(self, name, data)
 
     monkeypatch.setattr(writer.Staging, "put", put)
-    refused("changed while it was being converted", "model.safetensors", "rm -r", source,
+    refused("changed while it was being converted", "model.safetensors", "run the same", source,
             tmp_path / "out", target="marlin")  # fmt: skip
     assert not (tmp_path / "out").exists()
 
