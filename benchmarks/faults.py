@@ -55,6 +55,7 @@ KINDS = ("order", "boundary", "power", "random", "process", "error", "read", "so
 MODES = ("new", "overwrite", "no exchange")
 SHAPES = {"a": (256, 192, 32), "b": (128, 64, -1), "c": (512, 128, 128), "d": (64, 8, 16)}
 CHUNK = 1 << 22
+MEMORY = Path("/dev/shm")
 TRIES = 60  # kills of one conversion before it is let go on
 
 State = dict[str, str]
@@ -457,11 +458,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--target", default="amx")
-    parser.add_argument("--dir", type=Path, default=None, help="Where to work.")
+    parser.add_argument("--dir", type=Path, help="Where to work: in memory if there is room.")
     parser.add_argument("--only", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    room = Path(tempfile.mkdtemp(prefix="faults-", dir=args.dir))
+    folder = args.dir or (MEMORY if args.model == "tiny" and MEMORY.is_dir() else None)
+    room = Path(tempfile.mkdtemp(prefix="faults-", dir=folder))
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731, T201
     try:
         source = make_source(args.model, room)

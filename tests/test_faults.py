@@ -23,9 +23,8 @@ HARNESS = Path(__file__).parents[1] / "benchmarks" / "faults.py"
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else str(value),
 )
-def test_every_fault_leaves_nothing_unfinished_and_the_same_command_goes_on(tmp_path, kinds, runs):
-    command = [sys.executable, HARNESS, "--json", "--dir", tmp_path, "--runs", str(runs),
-               "--only", *kinds]  # fmt: skip
+def test_every_fault_leaves_nothing_unfinished_and_the_same_command_goes_on(kinds, runs):
+    command = [sys.executable, HARNESS, "--json", "--runs", str(runs), "--only", *kinds]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     figures = json.loads(done.stdout)
