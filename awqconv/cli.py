@@ -183,7 +183,7 @@ def convert(
     console = _console(json_mode=json, quiet=quiet)
     from awqconv.checkpoint.model import open_model
     from awqconv.conversion import check, default_dest, run
-    from awqconv.hub import PREFIX, local_name, open_source
+    from awqconv.hub import PREFIX, open_source
     from awqconv.plan import make_plan
     from awqconv.serving.launch import launch_command
     from awqconv.targets import layout
@@ -199,7 +199,7 @@ def convert(
         max_shard_size=max_shard_size,
         strict=strict,
     )
-    path = dest or default_dest(local_name(model), target)
+    path = dest or default_dest(model, target, form, tp)
     check(plan, path, overwrite=overwrite)
     _show_plan(console, plan, path)
     if dry_run:

@@ -179,12 +179,14 @@ class Model:
                 yield module
 
     def unquantized(self) -> list[str]:
-        """Linear modules that are stored as plain weights."""
-        return [
+        """Linear modules that are not quantized, a head tied to the embedding among them."""
+        names = [
             name.removesuffix(".weight")
             for name, info in self.others.items()
             if name.endswith(".weight") and len(info.shape) == 2 and "embed" not in name
         ]
+        heads = [name for name in (*self.modules, *names) if name.endswith("lm_head")]
+        return names if heads else [*names, "lm_head"]
 
 
 def open_model(model: str | os.PathLike[str] | Source) -> Model:

@@ -8,7 +8,7 @@ transformers looks for no plugins, so this module is imported once, before the m
 What is packed is read from the headers of the checkpoint files. A linear layer becomes a
 `PackedLinear`. Experts that the model holds as one 3-D parameter become packed layers of their own,
 one each, and the model's own expert code multiplies by them. Layers on the bf16 fallback stay
-plain. Run with transformers 5.19 and 5.23.
+plain. Run with transformers 5.23.
 
     python -m awqconv.serving.transformers FOLDER "text to go on from"
 """

@@ -4,7 +4,7 @@ One kernel body serves every layout; see `address` for how its constants come fr
 pattern. Runs on CUDA GPUs and, on small shapes, under TRITON_INTERPRET=1.
 
     gemm(x, packed, target, linear, bias)                    y [M, N] = x [M, K] @ w + bias
-    grouped_gemm(x, packed, target, linear, offsets, bias)   the same with an expert for each row
+    grouped_gemm(x, packed, target, linear, offsets)         the same with an expert for each row
     dequantize(packed, target, linear, dtype)                w [K, N] = (q - z) * s
 """
 
