@@ -30,7 +30,7 @@ from awqconv.checkpoint.writer import Staging, check_destination
 from awqconv.digest import NAME as DIGEST
 from awqconv.digest import Hasher, combined, digest
 from awqconv.encoder import Encoder
-from awqconv.errors import AwqconvError
+from awqconv.errors import AwqconvError, VerificationError
 from awqconv.feed import TILE, Reader
 from awqconv.forms.gather import source_specs
 from awqconv.hub import local_name, provenance
@@ -290,6 +290,7 @@ class _Executor:
         entry: dict[str, Any] = {"outputs": {job.output.name: out.hasher.hexdigest()}}
         if job.whole:
             entry["sources"] = {job.whole: source.hexdigest()}
+            self._check_known(self.plan.model.checkpoint.tensors[job.whole], source.hexdigest())
         return entry
 
     def _chunks(self, job: Copy) -> Iterator[Bytes]:
@@ -320,10 +321,35 @@ class _Executor:
                     out.put(tile)
             digests[info.name] = out.hasher.hexdigest()
         entry: dict[str, Any] = {"outputs": digests}
-        whole = all(piece.whole for pieces in job.experts for piece in pieces)
-        if whole and not self.plan.model.manifest:
-            entry["sources"] = self._source_digests(job, hashers)
+        if all(piece.whole for pieces in job.experts for piece in pieces):
+            sources = self._source_digests(job, hashers)
+            if not self.plan.model.manifest:
+                entry["sources"] = sources
+        self._check_back(job, digests)
         return entry
+
+    def _check_back(self, job: Pack, digests: Mapping[str, str]) -> None:
+        """Refuse to turn back a converted folder that is no longer what was converted."""
+        manifest = self.plan.model.manifest
+        if not manifest or self.plan.target.name != "awq" or job.name not in manifest["modules"]:
+            return
+        for suffix, expected in manifest["modules"][job.name]["awq"].items():
+            if digests.get(job.outputs[suffix].name) != expected:
+                raise VerificationError(
+                    f"its {suffix}, turned back to AWQ, is not what was converted",
+                    job.name,
+                    DAMAGED,
+                )
+
+    def _check_known(self, info: TensorInfo, value: str) -> None:
+        """Refuse a tensor of a converted folder that is not as it was written."""
+        manifest = self.plan.model.manifest
+        if manifest and not self.plan.model.scattered:
+            entry = manifest["files"].get(info.file, {})
+            if entry.get("tensors", {}).get(info.name) != value:
+                raise VerificationError(
+                    "its bytes are not those that were written", info.where, DAMAGED
+                )
 
     def _source_digests(self, job: Pack, hashers: dict[TensorInfo, Hasher]) -> dict[str, str]:
         """Digests of the source tensors that a job read, from what passed by or a second look."""
@@ -337,6 +363,7 @@ class _Executor:
         for name, info in infos.items():
             self.check_stop()
             found[name] = self.reader.digest(info, hashers.get(info))
+            self._check_known(info, found[name])
         return found
 
     # --- after the jobs

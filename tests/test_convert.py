@@ -20,7 +20,7 @@ import awqconv
 from awqconv.checkpoint import writer
 from awqconv.checkpoint.header import build_header
 from awqconv.checkpoint.model import KEPT
-from awqconv.errors import AwqconvError
+from awqconv.errors import AwqconvError, VerificationError
 from awqconv.plan import parse_size
 from awqconv.targets import Linear, layout, targets
 
@@ -99,6 +99,25 @@ def test_every_target_turns_back_to_the_sources_bytes(tmp_path, target, scales):
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (
         source.path / "tokenizer.json"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("target", ["awq", "amx"])
+@pytest.mark.parametrize("name", ["a.qweight", "b.qzeros", "c.scales", "model.norm.weight"])
+def test_a_damaged_folder_is_not_converted_further(tmp_path, target, name):
+    source = make_checkpoint(tmp_path / "m", SHAPES, bias=True).path
+    awqconv.convert(source, tmp_path / "out", target="marlin")
+    file = tmp_path / "out/model.safetensors"
+    data = bytearray(file.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    begin, _ = json.loads(data[8:start])[name]["data_offsets"]
+    data[start + begin + 1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(VerificationError) as caught:
+        awqconv.convert(tmp_path / "out", tmp_path / "next", target=target)
+    assert "its bytes are not those that were written" in caught.value.what
+    assert name in caught.value.where
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "next").exists()
 
 
 @pytest.mark.parametrize("first", ["marlin", "npu", "amx", "xpu", "compressed-tensors"])
