@@ -1029,7 +1029,9 @@ def test_the_whole_way_by_command(
     assert (code, out) == (0, "")
 
     hub.log.clear()
-    code, out, _ = cli(capsys, "inspect", "hf://org/model", "--target", "marlin", "--json")
+    ranks = ("--tp", "1", "--tp", "2")
+    code, out, _ = cli(capsys, "inspect", "hf://org/model", "--target", "marlin", *ranks, "--json")
+    assert [rank["tp"] for rank in json.loads(out)["ranks"]] == [1, 2]
     assert code == 0
     assert json.loads(out)["quantized"] == 3
     assert json.loads(out)["to_download"] == sum(len(repo.files[name]) for name in NEEDED)
