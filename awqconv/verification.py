@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from awqconv.checkpoint.config import MANIFEST
 from awqconv.checkpoint.header import TensorInfo
-from awqconv.checkpoint.model import Model, Stored, open_model, read_manifest
+from awqconv.checkpoint.model import Model, Pieces, Stored, open_model, read_manifest
 from awqconv.checkpoint.source import Folder
 from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
@@ -367,24 +367,33 @@ class Check:
                     )
         if wrong and theirs:
             yield self._explain(module, original, theirs)
+        if not wrong:
+            yield from self._follows(module, self.model.pieces(original), linear.scales)
+
+    def _follows(self, module: Stored, experts: Sequence[Pieces], scales: str) -> Iterator[str]:
+        """Parts whose bytes their elements do not determine by place alone, made again.
+
+        `experts`: what to make each expert from, with scales of dtype `scales`.
+        """
         target = layout(module.layout)
         for part in target.parts(module.linear):
-            exact = part.coded or (part.of == "s" and part.dtype == linear.scales)
-            if (not exact or part.pattern.pad) and not wrong:
-                info = module.tensors[part.suffix]
-                position = info.start
-                for e in range(module.experts):
-                    for tile in self._tiles(target, part, module.linear, original, e, {}):
-                        stored = self.reader.arena.take("compare", len(tile))
-                        self.reader.source.readinto(info.file, position, stored.data)
-                        if not np.array_equal(stored, tile):
-                            at = position - info.start + int((stored != tile).argmax())
-                            yield (
-                                f"its {part.suffix} does not follow from its AWQ form: byte {at:,} "
-                                "is wrong"
-                            )
-                            return
-                        position += len(tile)
+            placed = part.coded or (part.of == "s" and part.dtype == scales)
+            if placed and not part.pattern.pad:
+                continue
+            info = module.tensors[part.suffix]
+            position = info.start
+            for pieces in experts:
+                for tile in self.encoder.tiles(target, part, module.linear, pieces, {}):
+                    stored = self.reader.arena.take("compare", len(tile))
+                    self.reader.source.readinto(info.file, position, stored.data)
+                    if not np.array_equal(stored, tile):
+                        at = position - info.start + int((stored != tile).argmax())
+                        yield (
+                            f"its {part.suffix} does not follow from its AWQ form: byte {at:,} "
+                            "is wrong"
+                        )
+                        return
+                    position += len(tile)
 
     def _tiles(
         self, target: Any, part: Any, linear: Linear, module: Stored, e: int, hashers: Any

@@ -76,7 +76,7 @@ class ShardedCheck(Check):
         infos = list(module.tensors.values())
         found: list[str] = []
         try:
-            found += self._again(module)
+            found += self._follows(module, self._source(module), module.linear.scales)
             awq = layout("awq")
             for part in awq.parts(module.linear) if sample else ():
                 assert sample
@@ -101,24 +101,3 @@ class ShardedCheck(Check):
     def _source(self, module: Stored) -> tuple[Pieces, ...]:
         """What a rank's module is made of: itself, or where it is lossy the originals."""
         return self.model.derived.get(module.name) or self.model.pieces(module)
-
-    def _again(self, module: Stored) -> Iterator[str]:
-        """Parts whose bytes the elements do not determine by place alone, made again."""
-        target = layout(module.layout)
-        for part in target.parts(module.linear):
-            if part.coded or (part.of == "s" and part.dtype == module.linear.scales):
-                continue
-            info = module.tensors[part.suffix]
-            position = info.start
-            for pieces in self._source(module):
-                for tile in self.encoder.tiles(target, part, module.linear, pieces, {}):
-                    stored = self.reader.arena.take("compare", len(tile))
-                    self.reader.source.readinto(info.file, position, stored.data)
-                    if not np.array_equal(stored, tile):
-                        at = position - info.start + int((stored != tile).argmax())
-                        yield (
-                            f"its {part.suffix} does not follow from its AWQ form: byte {at:,} "
-                            "is wrong"
-                        )
-                        return
-                    position += len(tile)
