@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,8 @@ from awqconv.errors import AwqconvError, VerificationError
 from awqconv.feed import TILE, Reader
 from awqconv.forms.gather import source_specs
 from awqconv.hub import local_name, provenance
-from awqconv.plan import Copy, Job, Pack, Plan, Verdict, make_plan, parse_size
+from awqconv.jobs import Copy, Job, Pack, Verdict, largest_first
+from awqconv.plan import Plan, make_plan, parse_size
 from awqconv.repack.floats import RAW, caster
 from awqconv.targets.base import layout
 
@@ -220,7 +221,7 @@ class _Executor:
     # --- running jobs
 
     def run(self, workers: int) -> None:
-        """Run all jobs that the journal does not hold, largest files' jobs in file order."""
+        """Run all jobs that the journal does not hold."""
         for file in self.plan.files:
             self.staging.create(file.name, file.size, file.header)
             self.progress(len(file.header))
@@ -230,6 +231,9 @@ class _Executor:
         for job in self.plan.jobs:
             pending[_file(job)] = pending.get(_file(job), 0) + 1
         lock = threading.Lock()
+        jobs: Sequence[Job] = self.plan.jobs
+        if not self.source.in_order:
+            jobs = [jobs[i] for i in largest_first([_nbytes(job) for job in jobs], workers)]
 
         def work(job: Job) -> None:
             self._work(job)
@@ -240,7 +244,7 @@ class _Executor:
                 self.staging.sync(_file(job))
 
         try:
-            futures = [pool.submit(work, job) for job in self.plan.jobs]
+            futures = [pool.submit(work, job) for job in jobs]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             self.stop.set()
             for future in done:
@@ -283,9 +287,11 @@ class _Executor:
 
     def _copy(self, job: Copy) -> dict[str, Any]:
         """An output tensor made of source ranges, or of literal bytes."""
-        out, source = _Out(self, job.output), Hasher()
+        out = _Out(self, job.output)
+        source = Hasher() if job.cast else out.hasher
         for chunk in self._chunks(job):
-            source.update(source.position, chunk)
+            if job.cast:
+                source.update(source.position, chunk)
             out.put(_cast(chunk, *job.cast) if job.cast else chunk)
         entry: dict[str, Any] = {"outputs": {job.output.name: out.hasher.hexdigest()}}
         if job.whole:
@@ -485,6 +491,10 @@ def _cast(raw: Bytes, was: str, dtype: str) -> Bytes:
 
 def _outputs(job: Job) -> tuple[TensorInfo, ...]:
     return (job.output,) if isinstance(job, Copy) else tuple(job.outputs.values())
+
+
+def _nbytes(job: Job) -> int:
+    return sum(info.nbytes for info in _outputs(job))
 
 
 def _file(job: Job) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import Gathered, Pieces, Run
 from awqconv.targets.base import Linear
+
+LARGE = 16  # a job is large from one part in so many of a worker's share on
 
 Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
@@ -79,3 +81,10 @@ def specs(jobs: Iterable[Job]) -> list[Spec]:
 def copied(output: TensorInfo, of: Gathered, whole: str, cast: tuple[str, str] | None) -> Copy:
     """A copy of all of a source tensor."""
     return Copy(output, of.runs, cast, None, whole, of.interleaved, of.again)
+
+
+def largest_first(sizes: Sequence[int], workers: int) -> list[int]:
+    """The order in which `workers` begin jobs of `sizes` bytes: the largest first, lest one worker
+    be left with one of them when all else is done; the others as they come."""
+    large = sum(sizes) // (LARGE * workers)
+    return sorted(range(len(sizes)), key=lambda i: -max(sizes[i], large))

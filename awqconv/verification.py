@@ -39,6 +39,7 @@ from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
 from awqconv.feed import Feed, Reader
+from awqconv.jobs import largest_first
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
 from awqconv.targets.base import Linear, Part, Target, layout
@@ -248,29 +249,35 @@ class Check:
         self, chosen: re.Pattern[str] | None, workers: int
     ) -> tuple[list[ModuleReport], list[Problem], tuple[int, int]]:
         """Reports and problems, and the number and bytes of the tensors looked at."""
-        jobs: list[Callable[[], tuple[ModuleReport | None, list[Problem], int, int]]] = []
-        for item in self.items():
-            if isinstance(item, Stored):
-                if not chosen or chosen.search(item.name):
-                    jobs.append(lambda item=item: self._module(item))  # type: ignore[misc]
-            elif not chosen:
-                jobs.append(lambda item=item: self._other(item))  # type: ignore[misc]
+        items = [
+            item
+            for item in self.items()
+            if not chosen or (isinstance(item, Stored) and chosen.search(item.name))
+        ]
         reports, problems, tensors, nbytes = [], [], 0, 0
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(job) for job in jobs]
+            order: Sequence[int] = range(len(items))
+            if not (self.origin or self.model).checkpoint.source.in_order:
+                order = largest_first([_nbytes(item) for item in items], workers)
+            futures = {i: pool.submit(self._look, items[i]) for i in order}
             try:
-                for future in as_completed(futures):
+                for future in as_completed(futures.values()):
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-            for future in futures:
-                report, found, count, size = future.result()
+            for i in range(len(items)):
+                report, found, count, size = futures[i].result()
                 reports += [report] if report else []
                 problems += found
                 tensors += count
                 nbytes += size
         return reports, problems, (tensors, nbytes)
+
+    def _look(
+        self, item: TensorInfo | Stored
+    ) -> tuple[ModuleReport | None, list[Problem], int, int]:
+        return self._module(item) if isinstance(item, Stored) else self._other(item)
 
     def items(self) -> Iterator[TensorInfo | Stored]:
         """What is looked at: modules and other tensors."""
@@ -571,6 +578,12 @@ def _weight(
     raw = np.concatenate(rows["s"]).reshape(-1).view(RAW[linear.scales])
     rounded = caster(linear.scales, scales)(raw.reshape(linear.shape("s")))
     found["s"] = to_float32(rounded, scales)
-    offset = found["q"].astype(np.float64) - np.repeat(found["z"], linear.g, 0)
-    found["w"] = offset * np.repeat(found["s"], linear.g, 0)
+    offset = (
+        found["q"].view(np.int8).reshape(linear.G, linear.g, -1) - found["z"].view(np.int8)[:, None]
+    )
+    found["w"] = np.multiply(offset, found["s"][:, None], dtype=np.float64).reshape(linear.K, -1)
     return found
+
+
+def _nbytes(item: TensorInfo | Stored) -> int:
+    return sum(t.nbytes for t in (item.tensors.values() if isinstance(item, Stored) else (item,)))

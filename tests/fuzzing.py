@@ -38,6 +38,8 @@ class Memory:
 
     name = "memory"
 
+    in_order = False
+
     def __init__(self, files: dict[str, bytes], sizes: dict[str, int]) -> None:
         self._files, self._sizes = files, sizes
 

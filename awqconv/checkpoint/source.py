@@ -16,6 +16,7 @@ class Source(Protocol):
     """Named files that can be read at any offset. Names are posix paths relative to the source."""
 
     name: str
+    in_order: bool  # whether files should be read one after the other, since each is fetched whole
 
     def files(self) -> dict[str, int]:
         """Size in bytes of every file, by name, in name order."""
@@ -46,6 +47,8 @@ class Folder:
 
     Raises AwqconvError, in every method, for what cannot be read, with the system's reason.
     """
+
+    in_order = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)

@@ -43,9 +43,10 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def start_writing(file: int) -> None:
-    """Have the kernel start to write a file's dirty pages: sync_file_range(2). Waits for nothing.
+    """Have the kernel start to write a file's dirty pages: sync_file_range(2).
 
-    Only saves time: its failures show in the fsync that follows.
+    Waits where the disk's queue is full, not for the disk. Only saves time: its failures show in
+    the fsync that follows.
     """
     call = _call("sync_file_range", ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
     if call is not None:

@@ -21,6 +21,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from awqconv.errors import AwqconvError
 
 JOURNAL = "journal.jsonl"
 SYNC = True  # False only to measure what syncing costs
-WRITEBACK = 16 << 20  # bytes of a file after which the disk is set to work on them
+WRITEBACK = 64 << 20  # bytes of a file after which the disk is set to work on them
 
 
 def disk_error(error: OSError, where: object) -> AwqconvError:
@@ -69,6 +70,7 @@ class Staging:
         self._locks: list[int] = []
         self._journal = -1
         self._lock = threading.Lock()
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="awqconv-writeback")
         check_destination(self.dest, overwrite=overwrite)
         try:
             self._claim()
@@ -198,7 +200,7 @@ class Staging:
         self._unsent[name] = self._unsent.get(name, 0) + done
         if self._unsent[name] >= WRITEBACK and SYNC:
             self._unsent[name] = 0
-            system.start_writing(file)
+            self._background.submit(system.start_writing, file)
 
     def readinto(self, name: str, offset: int, buffer: memoryview) -> None:
         """Read back bytes of a created file."""
@@ -236,6 +238,7 @@ class Staging:
 
     def close(self) -> None:
         """Close all files and give up the locks; what is staged stays."""
+        self._background.shutdown(cancel_futures=True)
         with self._lock:
             while self._files:
                 os.close(self._files.popitem()[1])

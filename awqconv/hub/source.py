@@ -57,6 +57,8 @@ class HubSource:
     content that is not what it records.
     """
 
+    in_order = True
+
     def __init__(
         self,
         model: str,

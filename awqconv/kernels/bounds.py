@@ -99,7 +99,8 @@ def product(x: NDArray[Any], w: NDArray[Any]) -> Doubles:
     step = max(1, 200_000 // max(1, len(x) * w.shape[1]))
     total = np.zeros((len(x), w.shape[1]))
     for k in range(0, len(w), step):
-        total += x[:, k : k + step].astype(np.float64) @ w[k : k + step].astype(np.float64)
+        part = w[k : k + step].astype(np.float64, copy=False)
+        total += x[:, k : k + step].astype(np.float64) @ part
     return total
 
 
@@ -121,7 +122,8 @@ def elementwise(
         size += np.abs(bias)
     error += arithmetic.gamma * (size + error)
     error += 2 * ETA["F32"] * x.shape[1] * (1 + size_x.max(1, keepdims=True))
-    exact = np.abs(product(x, w) + (0 if bias is None else bias))
+    if arithmetic.output:
+        exact = np.abs(product(x, w) + (0 if bias is None else bias))
     for dtype in arithmetic.output:
         error += UNIT[dtype] * (exact + error) + ETA[dtype]
     return error

@@ -48,4 +48,5 @@ def unpack(
     packed: NDArray[np.uint8], pattern: Pattern, shape: tuple[int, ...]
 ) -> NDArray[np.uint8]:
     """Inverse of `pack`: the layout's bytes to codes 0..15 [logical shape]."""
-    return restore(unpack_nibbles(packed.reshape(-1)), pattern, shape).astype(np.uint8)
+    codes = restore(unpack_nibbles(packed.reshape(-1)), pattern, shape)
+    return codes.astype(np.uint8, copy=False)
