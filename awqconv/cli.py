@@ -61,6 +61,7 @@ def inspect(
         list[int] | None,
         typer.Option("--tp", min=1, help="With --target: number of ranks; may be repeated."),
     ] = None,
+    token: Token = None,
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is and what a target would make of it. Reads headers only."""
@@ -68,7 +69,7 @@ def inspect(
     from awqconv.hub import open_source
     from awqconv.inspection import inspect as run
 
-    found = run(open_source(model), target=target, tp=tp or ())
+    found = run(open_source(model, token=token), target=target, tp=tp or ())
     console.emit(found)
     group = "channelwise" if found.group_size == -1 else found.group_size
     console.facts(
@@ -176,6 +177,7 @@ def convert(
     scale_dtype: Annotated[
         str, typer.Option("--scale-dtype", help="keep, float16, bfloat16 or float32.")
     ] = "keep",
+    token: Token = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -189,7 +191,7 @@ def convert(
     from awqconv.targets import layout
 
     chosen = layout(target)
-    opened = open_model(open_source(model))
+    opened = open_model(open_source(model, token=token))
     plan = make_plan(
         opened,
         chosen,
@@ -226,6 +228,7 @@ def convert(
         f"fallback, {result.unquantized} other tensors copied."
     )
     _fallbacks(console, result.fallbacks)
+    _notes(console, result.notes[len(plan.notes) :])
     source = [] if model.startswith(PREFIX) else ["--source", model]
     console.say(f"Verify it: {shlex.join(['awqconv', 'verify', str(path), *source])}")
     for engine, command in launch_command(target, str(path), form, tp)[:1]:
@@ -247,6 +250,7 @@ def verify(
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     kernel: Annotated[str, typer.Option("--kernel", help="auto, triton or cpu.")] = "auto",
     jobs: Jobs = None,
+    token: Token = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write the result as JSON to this file.")
     ] = None,
@@ -267,6 +271,7 @@ def verify(
             device=device,
             kernel=kernel,
             jobs=jobs,
+            token=token,
             progress=progress,
         )
     value = {"ok": found.ok, **vars(found)}

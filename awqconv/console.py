@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from awqconv.errors import AwqconvError
@@ -25,6 +25,17 @@ def size(nbytes: float) -> str:
     else:
         unit = "TB"
     return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 100 else f"{nbytes:.3g} {unit}"
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Called with numbers of bytes done; `expect` takes how many more will be, and says why."""
+
+    advance: Callable[[int], None]
+    expect: Callable[[int, str], None]
+
+    def __call__(self, count: int) -> None:
+        self.advance(count)
 
 
 class Console:
@@ -85,17 +96,17 @@ class Console:
             self._stderr().print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def progress(self, title: str, total: int) -> Iterator[Meter]:
         """A function that takes numbers of bytes done: bar, rate and time left on a terminal,
         a line every few seconds where stderr is no terminal, nothing when quiet."""
         if self.quiet:
-            yield lambda count: None
+            yield Meter(lambda count: None, lambda nbytes, why: None)
         elif sys.stderr.isatty():
             yield from self._bar(title, total)
         else:
             yield from self._lines(title, total)
 
-    def _bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    def _bar(self, title: str, total: int) -> Iterator[Meter]:
         from rich.progress import (
             BarColumn,
             DownloadColumn,
@@ -114,9 +125,14 @@ class Console:
         )
         with Progress(*columns, console=self._stderr()) as bar:
             task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
 
-    def _lines(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+            def expect(nbytes: int, why: str) -> None:
+                bar.update(task, total=(bar.tasks[0].total or 0) + nbytes)
+                bar.console.print(why, highlight=False, markup=False, soft_wrap=True)
+
+            yield Meter(lambda count: bar.advance(task, count), expect)
+
+    def _lines(self, title: str, total: int) -> Iterator[Meter]:
         began = last = time.monotonic()
         done = 0
 
@@ -132,7 +148,12 @@ class Console:
                     f"{title}: {size(done)} of {size(total)}, {size(rate)}/s, {left:.0f} s left"
                 )
 
-        yield advance
+        def expect(nbytes: int, why: str) -> None:
+            nonlocal total
+            total += nbytes
+            self.hint(why)
+
+        yield Meter(advance, expect)
 
     def _rich(self) -> Any:
         from rich.console import Console as Rich

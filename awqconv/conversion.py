@@ -34,6 +34,8 @@ from awqconv.errors import AwqconvError, VerificationError
 from awqconv.feed import TILE, Reader
 from awqconv.forms.gather import source_specs
 from awqconv.hub import local_name, provenance
+from awqconv.hub.failures import WrongSourceError
+from awqconv.hub.ranges import MEMORY, READERS, Ranges
 from awqconv.jobs import Copy, Job, Pack, Verdict, largest_first
 from awqconv.plan import Plan, make_plan, parse_size
 from awqconv.repack.floats import RAW, caster
@@ -94,7 +96,8 @@ def convert(
     `model` is a folder (or an opened source), `dest` the folder to write, `<model>-<target>` if
     None. `form` and `tp` are as in `make_plan`. `jobs` is the number of threads, `max_memory` the
     most bytes of resident memory, as "400MB". `progress` is called with numbers of bytes written,
-    from any thread.
+    from any thread, and with those that are read again where a model on the hub is read by ranges;
+    if it has a method `expect`, that is told first how many these will be, and why.
 
     Raises AwqconvError for a bad checkpoint, a bad destination, a full disk; then nothing that
     looks finished is at `dest`, and the same call continues the work.
@@ -155,14 +158,19 @@ def run(
     began = time.perf_counter()
     check(plan, dest, overwrite=overwrite)
     workers = jobs or min(len(os.sched_getaffinity(0)), 8)
-    memory = parse_size(max_memory) if max_memory else DEFAULT_MEMORY
-    share = max((memory - BASE) // workers, 2 * TILE)
+    memory = (parse_size(max_memory) if max_memory else DEFAULT_MEMORY) - BASE
     staging = Staging(dest, plan.identity(), overwrite=overwrite)
     try:
-        executor = _Executor(plan, staging, share, progress or (lambda count: None))
+        executor = _Executor(plan, staging, progress or (lambda count: None))
+        executor.create()
+        if executor.ranges and executor.ranges.scarce():
+            workers, memory = _by_ranges(plan, workers, memory)
         try:
-            executor.run(workers)
+            executor.run(workers, max(memory // workers, 2 * TILE))
             manifest = executor.finish()
+        except WrongSourceError:
+            staging.forget()
+            raise
         finally:  # also where a read failed because of it
             executor.check_source()
         staging.commit(manifest)
@@ -180,8 +188,20 @@ def run(
         plan.nbytes,
         time.perf_counter() - began,
         executor.resumed,
-        plan.notes,
+        plan.notes + (executor.ranges.notes if executor.ranges else []),
     )
+
+
+def _by_ranges(plan: Plan, workers: int, memory: int) -> tuple[int, int]:
+    """Threads, and bytes of memory for them, with which a source that is read by ranges is fetched
+    once: each can hold the largest array, and reads on without losing the others' blocks."""
+    largest = max(
+        sum(max(i.nbytes for i in p.source.tensors.values()) // p.source.experts for p in pieces)
+        for job in plan.jobs
+        for pieces in (job.experts if isinstance(job, Pack) else [()])
+    )
+    memory -= MEMORY
+    return max(1, min(workers, READERS, memory // (largest + 3 * TILE))), memory
 
 
 class StoppedError(Exception):
@@ -207,24 +227,31 @@ class _Out:
 class _Executor:
     """The state of one run."""
 
-    def __init__(self, plan: Plan, staging: Staging, share: int, progress: Progress) -> None:
+    def __init__(self, plan: Plan, staging: Staging, progress: Progress) -> None:
         self.plan, self.staging = plan, staging
         self.source = plan.model.checkpoint.source
         self.progress = progress
         self.began = plan.identity()["source files"]
         self.reader = Reader(self.source)
-        self.encoder = Encoder(self.reader, share)
+        self.ranges: Ranges | None = getattr(self.source, "ranges", None)
         self.results: dict[str, dict[str, dict[str, str]]] = {}
         self.resumed, self.workers = 0, 1
         self.stop = threading.Event()
 
     # --- running jobs
 
-    def run(self, workers: int) -> None:
-        """Run all jobs that the journal does not hold."""
+    def create(self) -> None:
+        """Make the files, with all the disk space they take."""
         for file in self.plan.files:
             self.staging.create(file.name, file.size, file.header)
             self.progress(len(file.header))
+
+    def run(self, workers: int, share: int) -> None:
+        """Run all jobs that the journal does not hold; `share`: bytes of memory of each worker."""
+        if self.ranges:
+            expect = getattr(self.progress, "expect", None)
+            self.ranges.follow(self.staging.done, self.staging.record, expect)
+        self.encoder = Encoder(self.reader, share)
         self.workers = workers
         pool = ThreadPoolExecutor(workers, thread_name_prefix="awqconv")
         pending: dict[str, int] = {}
@@ -403,6 +430,8 @@ class _Executor:
                 "tensors": {name: outputs[file.name, name] for name in file.tensors},
             }
         manifest = self._manifest(files, sources)
+        if self.ranges:
+            self.ranges.prove(self.progress)
         self.staging.put(MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
         return [*files, MANIFEST]
 

@@ -39,6 +39,8 @@ from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
 from awqconv.feed import Feed, Reader
+from awqconv.hub import open_source
+from awqconv.hub.ranges import READERS, Ranges
 from awqconv.jobs import largest_first
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
@@ -120,6 +122,7 @@ def verify(
     device: str = "auto",
     kernel: str = "auto",
     jobs: int | None = None,
+    token: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Verification:
     """Verify a folder that `convert` wrote.
@@ -128,6 +131,7 @@ def verify(
     `modules`: a regular expression; only modules it finds, and no other tensors, are looked at.
     `columns`: output columns a module's product is made for, 0 for none. `device` it is made on,
     cpu or cuda, and `kernel` it is made by, cpu or triton; auto takes a GPU where there is one.
+    `token` opens a source on the hub, instead of HF_TOKEN; `progress` is as in `convert`.
 
     Raises AwqconvError for input that is no converted folder, a source that is not its source or
     a bad expression. What is found to be wrong is in the result, not raised.
@@ -144,18 +148,28 @@ def verify(
     problems = list(_files(folder, manifest))
     reports: list[ModuleReport] = []
     counts = (0, 0)
-    model = multiply = None
+    model = multiply = origin = None
+    ranges: Ranges | None = None
     if not problems:
         model = open_model(folder)
-        origin = open_model(source) if source is not None else None
+        workers = jobs or len(os.sched_getaffinity(0))
+        progress = progress or (lambda n: None)
+        if source is not None:
+            origin = open_model(open_source(os.fspath(source), token=token))
+            ranges = getattr(origin.checkpoint.source, "ranges", None)
+            if ranges:
+                ranges.follow({}, lambda name, entry: None, getattr(progress, "expect", None))
+                workers = min(workers, READERS) if ranges.scarce() else workers
         multiply = choose_kernel(device, kernel) if columns else None
         kind: type[Check] = Check
         if model.ranks:
             from awqconv.forms.check import ShardedCheck
 
             kind = ShardedCheck
-        check = kind(model, manifest, origin, columns, multiply, progress or (lambda n: None))
-        reports, found, counts = check.run(chosen, jobs or len(os.sched_getaffinity(0)))
+        check = kind(model, manifest, origin, columns, multiply, progress)
+        reports, found, counts = check.run(chosen, workers)
+        if ranges:
+            ranges.prove(progress)
         problems += found
         if chosen and not reports:
             raise AwqconvError(
@@ -178,7 +192,7 @@ def verify(
         if multiply
         else "",
         time.perf_counter() - began,
-        list(model.notes) if model else [],
+        (model.notes if model else []) + (ranges.notes if ranges else []),
     )
 
 

@@ -115,6 +115,7 @@ class HubServer:
         self.leaked: list[str] = []
         self.tokens = {"hf_owner": "owner"}
         self.objects: dict[str, bytes] = {}
+        self.xet = False  # whether content is offered through hf_xet too
         self.lock = threading.Lock()
         self.http = Quiet(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
         self.port = self.http.server_address[1]
@@ -260,6 +261,9 @@ class Handler(BaseHTTPRequestHandler):
         if path.startswith("/cdn/"):
             content = self.hub.objects.get(path.removeprefix("/cdn/"))
             return self.error(404) if content is None else self.content(content)
+        if path == "/xet-token":
+            headers = {"X-Xet-Cas-Url": self.hub.url, "X-Xet-Access-Token": "t"}
+            return self.answer(200, b"", headers | {"X-Xet-Token-Expiration": "9999999999"})
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+(?:/pr/\d+)?)/(.+)", path):
             return self.resolve(*found.groups())
         if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -318,6 +322,9 @@ class Handler(BaseHTTPRequestHandler):
             "X-Linked-Size": str(len(content)),
             "Location": f"{self.hub.cdn}/cdn/{key}?file={file}",
         }
+        if self.hub.xet:
+            route = f"{self.hub.url}/xet-token"
+            headers |= {"X-Xet-Hash": key, "X-Xet-Refresh-Route": route}
         self.answer(302, b"", headers)
 
     def content(self, content: bytes, headers: Mapping[str, str] | None = None) -> None:

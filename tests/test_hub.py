@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -26,12 +27,14 @@ from awqconv import convert, verify
 from awqconv._version import __version__
 from awqconv.checkpoint.model import open_model
 from awqconv.checkpoint.reader import open_checkpoint
+from awqconv.console import Meter
 from awqconv.errors import AwqconvError
-from awqconv.hub import open_source
+from awqconv.hub import open_source, ranges
+from awqconv.hub import source as hub_source
 from awqconv.hub.failures import explain
 from awqconv.hub.pull import pull
 from awqconv.hub.push import push
-from awqconv.hub.source import HubSource
+from awqconv.hub.source import MARGIN, HubSource
 
 SHARD = "model-00002-of-00003.safetensors"
 FOREVER = 10**6
@@ -370,20 +373,33 @@ def test_faults_while_streaming(
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("AWQCONV_HUB_FAULTS", "30"))))
 def test_random_faults(
-    hub: HubServer, repo: Repo, files: dict[str, bytes], tmp_path: Path, seed: int
+    hub: HubServer,
+    repo: Repo,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
-    """Several faults in one download, at random bytes. AWQCONV_HUB_FAULTS=1000 for a long run."""
+    """Several faults in one pull, stream, or stream by ranges, at random bytes.
+
+    AWQCONV_HUB_FAULTS=1000 for a long run.
+    """
     rng = random.Random(seed)
+    if seed % 3 == 2:
+        monkeypatch.setattr(HubSource, "_free", lambda self: 0)
+        monkeypatch.setattr(ranges, "BLOCK", 1 << 15)
+        monkeypatch.setattr(ranges, "KEPT", 4)
     for _ in range(rng.randint(1, 4)):
         kind = rng.choice(
             ["refuse", "drop", "reset", "wrong", "short", "status", "other-range", "other-etag"]
         )
-        where, times = rng.choice([INFO, C, H, W, "json", "resolve", ""]), rng.choice([1, 1, 2, 5])
+        where = rng.choice([INFO, C, H, H if seed % 3 == 2 else W, "json", "resolve", ""])
+        times = rng.choice([1, 1, 2, 5])
         at, status = rng.randrange(140_000), rng.choice([408, 429, 500, 502, 503, 504])
         hub.faults.append(Fault(kind, where, times, at, status=status))
     right, target = {name: files[name] for name in NEEDED}, tmp_path / "model"
     try:
-        if seed % 2:
+        if seed % 3:
             read_through(files)
         else:
             pull("org/model", to=target)
@@ -405,10 +421,11 @@ def read_through(files: dict[str, bytes]) -> None:
     """Headers by range, then every byte of every file: what comes is right, or nothing comes."""
     with closing(HubSource("org/model")) as source:
         open_checkpoint(source)
-        for name, size in source.files().items():
-            buffer = bytearray(size)
+        came = {name: bytearray(size) for name, size in source.files().items()}
+        for name, buffer in came.items():
             source.readinto(name, 0, memoryview(buffer))
-            assert buffer == files[name]
+        source.ranges.prove(lambda count: None)
+        assert came == {name: files[name] for name in came}
 
 
 def test_interrupted_and_taken_up_again(
@@ -992,6 +1009,404 @@ def test_convert_from_a_repository(repo: Repo, files: dict[str, bytes], tmp_path
     for name in local.keys() - {"awqconv.json"}:
         assert local[name] == remote[name], name
     assert verify(tmp_path / "remote", source=tmp_path / "model").ok
+
+
+# --- conversion where the spool's disk has no room
+
+
+R = r"/cdn/\w+ bytes=(?!0-65535)"  # blocks of weights, by range
+RESOLVED = r"resolve.*model.safetensors bytes=(?!0-65535)"  # the hub's own answer before them
+ONE = "model.safetensors"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 300 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def used(disk: Path) -> int:
+    info = os.statvfs(disk)
+    return (info.f_blocks - info.f_bfree) * info.f_frsize
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many requests, and blocks that are fetched again, in a small file."""
+    monkeypatch.setattr(ranges, "BLOCK", 1 << 17)
+    monkeypatch.setattr(ranges, "KEPT", 4)
+
+
+@pytest.fixture(scope="session")
+def one_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An AWQ checkpoint of 1 MB in a single file."""
+    folder = tmp_path_factory.mktemp("one") / "model"
+    make_checkpoint(folder, {f"model.layers.{i}.mlp.up_proj": (512, 512, 128) for i in range(6)})
+    assert (folder / ONE).stat().st_size > 800_000
+    return folder
+
+
+@pytest.fixture
+def one(hub: HubServer, one_file: Path) -> Repo:
+    return hub.add("org/one", {path.name: path.read_bytes() for path in one_file.iterdir()})
+
+
+@pytest.fixture
+def whole(one: Repo, tmp_path: Path) -> Callable[[str], dict[str, bytes]]:
+    """What a conversion with room for the shard writes."""
+
+    def of(target: str) -> dict[str, bytes]:
+        convert("hf://org/one", tmp_path / f"whole-{target}", target=target)
+        return kept(tmp_path / f"whole-{target}")
+
+    return of
+
+
+def weights(files: dict[str, bytes]) -> int:
+    """Bytes that a conversion reports as written."""
+    return sum(len(content) for name, content in files.items() if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+@pytest.mark.parametrize("target", ["marlin", "amx", "xpu", "npu"])
+@pytest.mark.usefixtures("small_blocks")
+def test_a_file_larger_than_the_disk(
+    hub: HubServer,
+    whole: Callable[[str], dict[str, bytes]],
+    small_disk: Path,
+    tmp_path: Path,
+    target: str,
+    jobs: int,
+) -> None:
+    expected = whole(target)
+    hub.log.clear()
+    source = HubSource("org/one", spool=small_disk)
+    before, most = used(small_disk), 0
+    seen: list[int] = []
+    said: list[tuple[int, str]] = []
+
+    def look(count: int) -> None:
+        nonlocal most
+        most = max(most, used(small_disk))
+        seen.append(count)
+
+    meter = Meter(look, lambda nbytes, why: said.append((nbytes, why)))
+    done = convert(source, tmp_path / "m", target=target, jobs=jobs, progress=meter)
+    assert kept(tmp_path / "m") == expected
+    assert most == before == used(small_disk)
+    assert not list(small_disk.iterdir())
+    size = source.files()[ONE]
+    assert source.downloads == []
+    assert source.ranges.files == {ONE: size}
+    assert not [line for line in hub.log if "/cdn/" in line and "bytes=" not in line]
+    ((more, why),) = said
+    assert more == size
+    assert sum(seen) == done.nbytes + size
+    for text in (ONE, f"{size + MARGIN:,}", str(small_disk), "HF_HOME", "fetched twice"):
+        assert text in why
+    (note,) = done.notes
+    assert f"{source.ranges.fetched:,} bytes in all" in note
+    if jobs == 1:
+        assert 2 * size - 3 * ranges.BLOCK <= source.ranges.fetched <= 2 * size + 2 * ranges.BLOCK
+
+
+RANGE_FAULTS: list[tuple[Fault, str]] = [
+    *((Fault("drop", R, t, at=at), RECOVERED) for t in (1, 3) for at in (0, 1, 70000, 131071)),
+    *((Fault("reset", R, t, at=at), RECOVERED) for t in (1, 3) for at in (0, 1, 70000)),
+    *((Fault(kind, R, at=9000), RECOVERED) for kind in ("refuse", "slow")),
+    (Fault("stall", R, at=10, seconds=1.5), RECOVERED),
+    *((Fault("status", R, status=s), RECOVERED) for s in (408, 500, 502, 503, 504)),
+    (Fault("status", R, 2, status=429, headers={"Retry-After": "1"}), RECOVERED),
+    *((Fault("status", R, FOREVER, status=s), REFUSED) for s in (403, 404, 416, 429, 500)),
+    *((Fault(kind, R, FOREVER, at=5), REFUSED) for kind in ("drop", "reset", "refuse", "short")),
+    *((Fault("wrong", R, t, at=at), REFUSED) for t in (1, FOREVER) for at in (-1, 100_000)),
+    *((Fault(kind, R, at=5), REFUSED) for kind in ("other-range", "no-ranges", "html", "short")),
+    (Fault("no-ranges", R, FOREVER), REFUSED),
+    *((Fault(kind, RESOLVED), REFUSED) for kind in ("other-commit", "other-etag")),
+]
+
+
+@pytest.mark.parametrize("proving", [False, True], ids=["reading", "proving"])
+@pytest.mark.parametrize(
+    ("fault", "outcome"), [pytest.param(*case, id=_name(case[0])) for case in RANGE_FAULTS]
+)
+@pytest.mark.usefixtures("small_blocks")
+def test_faults_while_reading_by_ranges(
+    hub: HubServer,
+    whole: Callable[[str], dict[str, bytes]],
+    small_disk: Path,
+    tmp_path: Path,
+    fault: Fault,
+    outcome: str,
+    proving: bool,
+) -> None:
+    """In the first reading, or in the one that proves it: right or nothing, then and afterwards."""
+    expected, dest = whole("marlin"), tmp_path / "m"
+    left = weights(expected)
+
+    def begin(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left <= 0 and not hub.faults:
+            hub.faults.append(fault)
+
+    fault = replace(fault)
+    if not proving:
+        hub.faults.append(fault)
+    elif fault.kind == "wrong" and fault.times == 1:
+        outcome = RECOVERED  # what is not as it came before is asked for once more
+    try:
+        source = HubSource("org/one", spool=small_disk)
+        convert(source, dest, target="marlin", progress=begin)
+        assert kept(dest) == expected
+        ended = RECOVERED
+    except AwqconvError as error:
+        code = told(error).exit_code
+        ended = REFUSED
+        assert not dest.exists()
+    assert fault.hits
+    assert ended == outcome
+    assert not list(small_disk.iterdir())
+    hub.faults.clear()
+    if ended == REFUSED:
+        assert code == (1 if fault.kind in ("wrong", "short") else 2)
+        again = convert(HubSource("org/one", spool=small_disk), dest, target="marlin")
+        assert not (again.resumed and fault.kind == "wrong")
+        assert again.resumed or not proving or fault.kind == "wrong"
+        assert kept(dest) == expected
+
+
+KILLED = """
+import os, signal, sys
+from awqconv import convert
+from awqconv.hub import ranges, source
+left = int(sys.argv[3])
+def progress(count):
+    global left
+    left -= count
+    if left <= 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+ranges.BLOCK = 1 << 17
+model = source.HubSource("org/one", spool=source.Path(sys.argv[1]))
+convert(model, sys.argv[2], target="marlin", progress=progress)
+"""
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("part", [0.5, 0.8, 1.2])
+@pytest.mark.usefixtures("small_blocks")
+def test_killed_while_reading_by_ranges(
+    hub: HubServer,
+    whole: Callable[[str], dict[str, bytes]],
+    small_disk: Path,
+    tmp_path: Path,
+    part: float,
+    wrong: bool,
+) -> None:
+    """A killed run goes on, and what it was handed is proved by the run that ends the work."""
+    expected, dest = whole("marlin"), tmp_path / "m"
+    if wrong:
+        hub.faults.append(Fault("wrong", R, at=-1))
+    count = str(int(part * weights(expected)))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, small_disk, dest, count],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert killed.returncode == -9, killed.stderr
+    assert not dest.exists()
+
+    def go_on() -> Any:
+        return convert(HubSource("org/one", spool=small_disk), dest, target="marlin")
+
+    if wrong:
+        assert "by ranges" in refusal(go_on, code=1).what
+        assert not dest.exists()
+        assert not go_on().resumed
+    else:
+        assert go_on().resumed
+    assert kept(dest) == expected
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_what_was_read_by_ranges_is_proved_though_there_is_room_now(
+    hub: HubServer, whole: Callable[[str], dict[str, bytes]], small_disk: Path, tmp_path: Path
+) -> None:
+    expected, dest = whole("marlin"), tmp_path / "m"
+    hub.faults.append(Fault("wrong", R, at=-1))
+    left = weights(expected) // 2
+
+    def stop(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise KeyboardInterrupt
+
+    source = HubSource("org/one", spool=small_disk)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, dest, target="marlin", jobs=1, progress=stop)
+    error = refusal(lambda: convert("hf://org/one", dest, target="marlin"), code=1)
+    assert "by ranges" in error.what
+    convert("hf://org/one", dest, target="marlin")
+    assert kept(dest) == expected
+
+
+def test_only_what_does_not_fit_is_read_by_ranges(
+    hub: HubServer, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = {"model.embed_tokens.weight": ("F16", (1024, 256)), "model.norm.weight": ("F16", (8,))}
+    modules = {"model.layers.0.mlp.up_proj": (256, 256, 128)}
+    make_checkpoint(tmp_path / "uneven", modules, large, shards=3)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "uneven").iterdir()}
+    hub.add("org/uneven", files)
+    convert("hf://org/uneven", tmp_path / "whole", target="marlin")
+    monkeypatch.setattr(hub_source, "MARGIN", 0)
+    source = HubSource("org/uneven", spool=small_disk)
+    convert(source, tmp_path / "m", target="marlin")
+    assert kept(tmp_path / "m") == kept(tmp_path / "whole")
+    sizes = {name: len(content) for name, content in files.items() if "model-" in name}
+    assert source.ranges.files == {n: size for n, size in sizes.items() if size > 300 * 1024}
+    assert len(source.ranges.files) == 1
+    assert sorted(source.downloads) == sorted(sizes.keys() - source.ranges.files.keys())
+
+
+def test_shards_give_way_and_are_not_downloaded_twice(
+    repo: Repo, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every module lies in all three shards, and the disk holds two."""
+    convert("hf://org/model", tmp_path / "whole", target="amx")
+    monkeypatch.setattr(hub_source, "MARGIN", 0)
+    source = HubSource("org/model", spool=small_disk)
+    convert(source, tmp_path / "m", target="amx")
+    assert kept(tmp_path / "m") == kept(tmp_path / "whole")
+    assert len(source.downloads) == len(set(source.downloads)) > 1
+    assert source.ranges.files
+    assert not list(small_disk.iterdir())
+
+
+def test_a_disk_that_fills_up_in_mid_download(
+    whole: Callable[[str], dict[str, bytes]],
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = whole("marlin")
+    monkeypatch.setattr(hub_source, "MARGIN", -(10**9))
+    source = HubSource("org/one", spool=small_disk)
+    convert(source, tmp_path / "m", target="marlin")
+    assert kept(tmp_path / "m") == expected
+    assert source.downloads == [ONE]
+    assert ONE in source.ranges.files
+    assert not list(small_disk.iterdir())
+
+
+def test_no_room_and_no_ranges(hub: HubServer, one: Repo, small_disk: Path, tmp_path: Path) -> None:
+    hub.faults.append(Fault("no-ranges", "", FOREVER))
+    need = sum(len(content) for content in one.files.values())
+    source = HubSource("org/one", spool=small_disk)
+    error = refusal(lambda: convert(source, tmp_path / "m", target="marlin"))
+    for text in (f"{need:,} bytes", os.environ["HF_HOME"], "HF_HOME", "awqconv pull org/one"):
+        assert text in error.fix
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_tokens_and_no_room_by_command(
+    hub: HubServer,
+    one: Repo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A private repository through --token, and a disk without room, as people see it."""
+    monkeypatch.setattr(HubSource, "_free", lambda self: 0)
+    one.private = True
+    model, dest, token = "hf://org/one", tmp_path / "m", ("--token", "hf_owner")
+    assert cli(capsys, "inspect", model)[0] == 2
+    assert cli(capsys, "inspect", model, *token)[0] == 0
+    code, out, err = cli(capsys, "convert", model, dest, "-t", "marlin", *token)
+    assert code == 0
+    assert f"{ONE} is read by ranges" in err
+    assert "read by ranges" in out
+    code, out, err = cli(capsys, "verify", dest, "--source", model, *token, "--json")
+    assert code == 0
+    assert f"{ONE} is read by ranges" in err
+    assert "read by ranges" in json.loads(out)["notes"][-1]
+    hub.faults.append(Fault("wrong", R, FOREVER, at=-1))
+    code, out, err = cli(capsys, "verify", dest, "--source", model, *token)
+    assert code == 1
+    assert "the hub records sha256:" in err
+    assert hub.leaked == []
+
+
+# --- the hub's xet storage
+
+
+class Xet:
+    """What the client calls of hf_xet; it writes `contents`, one after another, into files."""
+
+    def __init__(self, *contents: bytes) -> None:
+        self.contents = list(contents)
+
+    def new_file_download_group(self, **options: Any) -> "Xet":
+        return self
+
+    def __enter__(self) -> "Xet":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def start_download_file(self, info: Any, path: str) -> None:
+        Path(path).write_bytes(self.contents.pop(0))
+
+
+@pytest.mark.parametrize("way", ["pull", "stream"])
+@pytest.mark.parametrize(("wrong", "outcome"), [(0, RECOVERED), (1, RECOVERED), (2, REFUSED)])
+def test_what_comes_through_xet_is_checked_too(
+    hub: HubServer,
+    one: Repo,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    wrong: int,
+    outcome: str,
+) -> None:
+    """Whole shards come through hf_xet where it is installed; headers and ranges never do."""
+    pytest.importorskip("hf_xet")
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _xet
+
+    right = one.files[ONE]
+    xet = Xet(*[right[:-1] + bytes([right[-1] ^ 1])] * wrong, right)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(_xet, "get_xet_session", lambda: xet)
+    monkeypatch.setattr(hub, "xet", True)
+
+    def get() -> bytes:
+        if way == "pull":
+            return kept(pull("org/one", to=tmp_path / "model").path)[ONE]
+        with closing(HubSource("org/one")) as source:
+            open_checkpoint(source)
+            buffer = bytearray(len(right))
+            source.readinto(ONE, 0, memoryview(buffer))
+            return bytes(buffer)
+
+    if outcome == RECOVERED:
+        assert get() == right
+    else:
+        assert "twice in a row" in refusal(get, code=1).what
+        assert ONE not in kept(tmp_path / "model")
+    assert len(xet.contents) == (outcome == REFUSED)
+    assert not [line for line in hub.log if re.search(W, line)]
+    assert [line for line in hub.log if re.search(H, line)]
 
 
 # --- the command line

@@ -1,5 +1,6 @@
 """What the hub's refusals and failures mean, each with the command that mends it."""
 
+import errno
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ _AGAIN = "Run the same command again; files that are complete are kept."
 
 class CutShortError(VerificationError):
     """A file ended early, by the server's own account of its length."""
+
+
+class WrongSourceError(VerificationError):
+    """Bytes that were handed out are not the hub's: what was made of them must not be kept."""
 
 
 class StoppedError(Exception):
@@ -192,6 +197,15 @@ def explain(
                     f"the hub client failed: {shown(str(cause), 300)}", where, _AGAIN
                 )
     return None
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a disk without space is among the causes. hf_xet says so in words only."""
+    return any(
+        getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        or (isinstance(cause, RuntimeError) and "No space left" in str(cause))
+        for cause in _causes(error)
+    )
 
 
 def _status(error: Exception, repo: str, where: str, hub: str, token: bool) -> AwqconvError:

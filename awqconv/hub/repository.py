@@ -65,11 +65,15 @@ class RemoteFile:
         """`etag` with its algorithm, as manifests and reports show it."""
         return f"{'sha256' if self.sha256 else 'git-sha1'}:{self.etag}"
 
+    def hasher(self) -> "hashlib._Hash":
+        """A hash that is `etag` after the whole content has passed through it."""
+        if self.sha256:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+
     def matches(self, content: BinaryIO) -> bool:
         """Whether the rest of a stream is this file, to the last bit."""
-        hasher = hashlib.sha256() if self.sha256 else hashlib.sha1(usedforsecurity=False)
-        if not self.sha256:
-            hasher.update(b"blob %d\0" % self.size)
+        hasher = self.hasher()
         while chunk := content.read(1 << 20):
             hasher.update(chunk)
         return hasher.hexdigest() == self.etag
@@ -169,10 +173,12 @@ class Repository:
             span = f"bytes {start}-{stop - 1}/{remote.size}"
             where = f"{self.pinned}: {shown(remote.name)}"
             if part and response.status_code == 200:
+                need = sum(file.size for file in self.needed().values())
                 raise NoRangesError(
-                    "the server sends whole files only, so headers cannot be read alone",
+                    "the server sends whole files only, so no part of one can be read alone",
                     where,
-                    f"Download the model first: awqconv pull {self.name}",
+                    f"Download the model first, {need:,} bytes into {constants.HF_HUB_CACHE} "
+                    f"(HF_HOME names another place): awqconv pull {self.name}",
                 )
             if part and (told := response.headers.get("Content-Range")) != span:
                 raise AwqconvError(
