@@ -195,11 +195,13 @@ def run(
 def _by_ranges(plan: Plan, workers: int, memory: int) -> tuple[int, int]:
     """Threads, and bytes of memory for them, with which a source that is read by ranges is fetched
     once: each can hold the largest array, and reads on without losing the others' blocks."""
-    largest = max(
+    arrays = (
         sum(max(i.nbytes for i in p.source.tensors.values()) // p.source.experts for p in pieces)
         for job in plan.jobs
-        for pieces in (job.experts if isinstance(job, Pack) else [()])
+        if isinstance(job, Pack)
+        for pieces in job.experts
     )
+    largest = max(arrays, default=0)
     memory -= MEMORY
     return max(1, min(workers, READERS, memory // (largest + 3 * TILE))), memory
 
