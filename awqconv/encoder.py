@@ -97,7 +97,7 @@ class Encoder:
         moves = _moves(pieces, part.of, linear.g, strided=dim == 1)
         fits = all(_fits(move, feeds[move.slot].layout, to, dim) for move in moves)
         put = self._put if fits else self._put_loose
-        zeros = self._zeros(pieces, linear, hashers) if part.pattern.pad else None
+        zeros = self.zeros(pieces, linear, hashers) if part.pattern.pad else None
         for start in cuts:
             stop = min(start + cuts.step, to.shape[dim])
             shape = tuple(stop - start if d == dim else n for d, n in enumerate(to.shape))
@@ -175,7 +175,7 @@ class Encoder:
         else:
             write_numbers(caster(linear.scales, part.dtype)(rows), buffer, part, tile)
 
-    def _zeros(
+    def zeros(
         self, pieces: Sequence[Piece], linear: Linear, hashers: dict[TensorInfo, Hasher]
     ) -> Bytes:
         """Zero points 0..15 of one expert, uint8 [G, N]."""

@@ -38,9 +38,9 @@ from awqconv.checkpoint.source import Folder
 from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
-from awqconv.feed import Feed, Reader
 from awqconv.hub import open_source
 from awqconv.hub.ranges import READERS, Ranges
+from awqconv.feed import TILE, Feed, Reader
 from awqconv.jobs import largest_first
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
@@ -404,9 +404,8 @@ class Check:
             info = module.tensors[part.suffix]
             position = info.start
             for pieces in experts:
-                for tile in self.encoder.tiles(target, part, module.linear, pieces, {}):
-                    stored = self.reader.arena.take("compare", len(tile))
-                    self.reader.source.readinto(info.file, position, stored.data)
+                again = self._padding if placed else self._whole
+                for stored, tile in again(target, part, module.linear, pieces, info, position):
                     if not np.array_equal(stored, tile):
                         at = position - info.start + int((stored != tile).argmax())
                         yield (
@@ -415,6 +414,36 @@ class Check:
                         )
                         return
                     position += len(tile)
+
+    def _whole(
+        self, target: Target, part: Part, linear: Linear, pieces: Pieces, info: TensorInfo, at: int
+    ) -> Iterator[tuple[Bytes, Bytes]]:
+        """Tiles of one expert's part, which begins at an offset of its file: stored, and right."""
+        for tile in self.encoder.tiles(target, part, linear, pieces, {}):
+            yield self._stored(info, at, len(tile)), tile
+            at += len(tile)
+
+    def _padding(
+        self, target: Target, part: Part, linear: Linear, pieces: Pieces, info: TensorInfo, at: int
+    ) -> Iterator[tuple[Bytes, Bytes]]:
+        """The same where only the padding can be wrong, made again in a copy."""
+        zeros = self.encoder.zeros(pieces, linear, {})
+        outer = part.layout(linear).axes[0]
+        unit = outer.stored * part.bits // 8
+        step = max(1, TILE // unit)
+        for start in range(0, outer.size, step):
+            stop = min(start + step, outer.size)
+            stored = self._stored(info, at + start * unit, (stop - start) * unit)
+            tile = self.reader.arena.take("output", len(stored))
+            tile[:] = stored
+            columns = zeros[:, start * outer.logical : stop * outer.logical]
+            target.derive(part, linear, tile, columns)
+            yield stored, tile
+
+    def _stored(self, info: TensorInfo, at: int, size: int) -> Bytes:
+        buffer = self.reader.arena.take("compare", size)
+        self.reader.source.readinto(info.file, at, buffer.data)
+        return buffer
 
     def _tiles(
         self, target: Any, part: Any, linear: Linear, module: Stored, e: int, hashers: Any
