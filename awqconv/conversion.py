@@ -43,7 +43,7 @@ from awqconv.targets.base import layout
 
 Bytes = NDArray[np.uint8]
 BASE = 160 << 20  # resident bytes of the interpreter, its libraries and the plan of a large model
-DEFAULT_MEMORY = 400 << 20
+DEFAULT_MEMORY = 400_000_000
 INDEX = "model.safetensors.index.json"
 DAMAGED = "A file is damaged: run awqconv verify, and convert the checkpoint again."
 

@@ -1,6 +1,6 @@
 """Peak resident memory of conversions, by size of the checkpoint, target and --max-memory.
 
-    python benchmarks/memory.py [--gb 1 4 16] [--targets T ...] [--limits default 200MB ...]
+    python benchmarks/memory.py [--gb 1 4 5 16] [--targets T ...] [--limits default 200MB ...]
                                 [--dir DIR] [--json]
 
 The checkpoints are llama-1b, llama-8b and llama-70b, cut to as many layers as make the size; all
@@ -18,7 +18,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import measure
 
-MODELS = {1: ("llama-1b", 1), 4: ("llama-8b", 17), 16: ("llama-70b", 26)}  # GB: model, layers
+MODELS = {
+    1: ("llama-1b", 1),
+    4: ("llama-8b", 17),
+    5: ("llama-70b", 2),
+    16: ("llama-70b", 26),
+}  # GB: model, layers
 
 
 def main() -> None:

@@ -4,8 +4,7 @@
                                 [--dir DIR] [--json]
 
 Reading is by one thread into one buffer of 8 MiB. `exact` is `awqconv verify DEST --columns 0`:
-integrity and exactness, against the manifest; `all` adds the products; `cold` is `all` in the
-first process on a machine, when the loops of the products are compiled. Seconds of processes,
+integrity and exactness, against the manifest; `all` adds the products. Seconds of processes,
 medians; ratios are to the reading of the same round.
 """
 
