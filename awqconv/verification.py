@@ -38,9 +38,9 @@ from awqconv.checkpoint.source import Folder
 from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
+from awqconv.feed import TILE, Feed, Reader
 from awqconv.hub import open_source
 from awqconv.hub.ranges import READERS, Ranges
-from awqconv.feed import TILE, Feed, Reader
 from awqconv.jobs import largest_first
 from awqconv.repack import layouts, reference
 from awqconv.repack.floats import RAW, caster, to_float32
