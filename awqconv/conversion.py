@@ -317,11 +317,17 @@ class _Executor:
     def _copy(self, job: Copy) -> dict[str, Any]:
         """An output tensor made of source ranges, or of literal bytes."""
         out = _Out(self, job.output)
-        source = Hasher() if job.cast else out.hasher
-        for chunk in self._chunks(job):
-            if job.cast:
-                source.update(source.position, chunk)
-            out.put(_cast(chunk, *job.cast) if job.cast else chunk)
+        same = not (job.cast or job.blocks)
+        source = out.hasher if same else Hasher()
+
+        def plain() -> Iterator[Bytes]:
+            for chunk in self._chunks(job):
+                if not same:
+                    source.update(source.position, chunk)
+                yield _cast(chunk, *job.cast) if job.cast else chunk
+
+        for data in job.blocks.arranged(plain()) if job.blocks else plain():
+            out.put(data)
         entry: dict[str, Any] = {"outputs": {job.output.name: out.hasher.hexdigest()}}
         if job.whole:
             entry["sources"] = {job.whole: source.hexdigest()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from awqconv.checkpoint.header import TensorInfo
 from awqconv.checkpoint.model import Gathered, Pieces, Run
+from awqconv.repack.blocks import Blocks
 from awqconv.targets.base import Linear
 
 LARGE = 16  # a job is large from one part in so many of a worker's share on
@@ -16,8 +17,9 @@ Spec = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """An output tensor whose bytes are source bytes, `cast` from one float dtype to another, or
-    literal `data`. `whole` names the source tensor if its bytes are read whole and in order.
+    """An output tensor whose bytes are source bytes, `cast` from one float dtype to another or
+    stored in `blocks`, or literal `data`. `whole` names the source tensor if its bytes are read
+    whole and in order.
 
     `interleaved` and `again` are as in `Gathered`.
     """
@@ -29,6 +31,7 @@ class Copy:
     whole: str | None = None
     interleaved: bool = False
     again: tuple[tuple[Run, ...], ...] = ()
+    blocks: Blocks | None = None
 
     @property
     def name(self) -> str:

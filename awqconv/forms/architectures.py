@@ -23,7 +23,9 @@ SPLITS = {
     "heads": "attention heads; kv heads repeat where ranks outnumber them (QKVParallelLinear)",
     "rows": "input features, the bias on every rank (RowParallelLinear)",
     "experts": "intermediate features: columns of gate and up, rows of down (FusedMoE)",
+    "apart": "whole experts, in order, as np.array_split shares them (QuantMixtralForCausalLM)",
 }
+MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,30 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
-def architecture(config: Config) -> Architecture:
-    """The table for a model's config. Raises AwqconvError with what is known for another."""
+def _apart(config: Config) -> Architecture:
+    """Mixtral where the method is awq: model_loader/utils.py get_model_architecture."""
+    count = config.get("num_local_experts", 8)
+    if not isinstance(count, int) or not 1 <= count <= MAX_EXPERTS:
+        raise AwqconvError(f"num_local_experts is {count!r}", "config.json", "Correct it.")
+    at = _L + "block_sparse_moe."
+    experts = (
+        Entry(f"{at}experts.{e}.{part}", "apart")
+        for e in range(count)
+        for part in ("w1", "w2", "w3")
+    )
+    return Architecture(
+        (*_BODY, Entry(at + "gate", "all"), *experts),
+        "mixtral_quant.py QuantMixtralForCausalLM",
+    )
+
+
+def architecture(config: Config, *, marlin: bool) -> Architecture:
+    """The table for a model's config, `marlin`: where the engine's quantization method is
+    awq_marlin, not awq. Raises AwqconvError with what is known for another architecture."""
     named = config.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
+    if name == "MixtralForCausalLM" and not marlin:
+        return _apart(config)
     if isinstance(name, str) and name in ARCHITECTURES:
         return ARCHITECTURES[name]
     raise AwqconvError(

@@ -30,6 +30,7 @@ from awqconv.checkpoint.model import (
 )
 from awqconv.checkpoint.reader import Checkpoint, find_modules
 from awqconv.checkpoint.source import Source
+from awqconv.checkpoint.views import Views
 from awqconv.errors import AwqconvError
 from awqconv.forms import sglang
 from awqconv.jobs import Copy, Job, Pack, Spec, outputs
@@ -83,13 +84,14 @@ def open_sharded(source: Source) -> Model:
             "Use the awqconv version that wrote it, or convert the checkpoint again.",
         )
     config = {**config, "quantization_config": quantization}
+    views = Views(source)
     shards = tuple(name for name in written if name.endswith(".safetensors") and name != KEPT)
     quant = replace(
         quant_config(config, source),
         group_size=group_size,
         modules_to_not_convert=unconverted,
     )
-    checkpoint = Checkpoint(source, config, quant, files, shards, tensors, {})
+    checkpoint = Checkpoint(views, config, quant, files, shards, tensors, {})
     checkpoint.modules = find_modules(checkpoint)
     model = awq_model(checkpoint)
     sharded = sglang.shard(model, model.modules, target, tp)
@@ -98,7 +100,7 @@ def open_sharded(source: Source) -> Model:
         match = re.fullmatch(r"model-rank-(\d{1,4})-part-\d+\.safetensors", name)
         rank = int(match[1]) if match else -1
         found.update(((rank, info.name), info) for info in read_header(source, name)[0].values())
-    turned = _Turned(tensors, found)
+    turned = _Turned(tensors, found, views)
     for rank, jobs in [*enumerate(sharded.ranks), (-1, sharded.kept)]:
         turned.take(rank, jobs)
     return replace(
@@ -118,9 +120,12 @@ class _Turned:
     """Jobs turned round: by source module and expert its pieces, by source tensor its ranges."""
 
     def __init__(
-        self, sources: Mapping[str, TensorInfo], found: Mapping[tuple[int, str], TensorInfo]
+        self,
+        sources: Mapping[str, TensorInfo],
+        found: Mapping[tuple[int, str], TensorInfo],
+        views: Views,
     ) -> None:
-        self.sources, self.found = sources, found
+        self.sources, self.found, self.views = sources, found, views
         self.pieces: dict[tuple[str, int], list[Piece]] = defaultdict(list)
         self.ranges: dict[str, list[tuple[int, int, Run]]] = defaultdict(list)
         self.originals: dict[str, dict[str, TensorInfo]] = defaultdict(dict)
@@ -146,7 +151,7 @@ class _Turned:
             if isinstance(job, Copy) or rank < 0:
                 self.plain += written
             if isinstance(job, Copy):
-                self._copy(job, written[0])
+                self._copy(rank, job, written[0])
             elif rank < 0:
                 self.originals[job.name].update(zip(job.outputs, written, strict=True))
             else:
@@ -161,11 +166,14 @@ class _Turned:
                 else:
                     self._pack(job, stored)
 
-    def _copy(self, job: Copy, written: TensorInfo) -> None:
-        at = written.start
+    def _copy(self, rank: int, job: Copy, written: TensorInfo) -> None:
+        file, at = written.file, written.start
+        if job.blocks:
+            file, at = f"rank {rank}: {written.name}", 0
+            self.views.add(file, written, job.blocks)
         for run in job.runs:
             if run.file:
-                here = Run(written.file, at, run.length, run.count, run.length)
+                here = Run(file, at, run.length, run.count, run.length)
                 self.ranges[run.file].append((run.start, run.stride, here))
             at += run.length * run.count
 

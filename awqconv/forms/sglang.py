@@ -21,21 +21,41 @@ from awqconv.forms import hf
 from awqconv.forms.architectures import Entry, architecture
 from awqconv.forms.experts import ROLES, mixtures, split
 from awqconv.jobs import Copy, Job, Pack, Verdict, copied, unplaced
+from awqconv.repack import layouts
+from awqconv.repack.blocks import Blocks
+from awqconv.repack.floats import RAW
 from awqconv.targets.base import Linear, Mixture, Target, layout
 
 FILE = "model-rank-{rank}-part-{part}.safetensors"
 PADDING = 64  # vocab_parallel_embedding.py DEFAULT_VOCAB_PADDING_SIZE
 
-# The engine's names of dense parts, where they differ. Source: hardware_backend/*/quantization/
-# awq_kernels.py process_weights_after_loading.
-SUFFIXES: Mapping[str, Mapping[str, str]] = {
-    "marlin": {},
-    "npu": {"qweight": "weight", "qzeros": "zeros"},
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What SGLang does on the device of a target.
+
+    `names` are the engine's of dense parts, where they differ. `marlin`: its quantization method is
+    awq_marlin, which has fused experts and a quantized head; elsewhere it is awq. `falls_back`:
+    a module that the kernels do not take is loaded in another way, not refused. `cpu`: float
+    weights are packed as well, biases are float32, and what ranks cannot share is padded.
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    marlin: bool = False
+    falls_back: bool = False
+    cpu: bool = False
+
+
+# Source: hardware_backend/*/quantization/awq_kernels.py process_weights_after_loading. On a CPU
+# layers/amx_utils.py and configs/update_config.py adjust_config_with_unaligned_cpu_tp; a bias
+# beside AWQ weights loads there from 0.5.18 on. XPU has kernels for AWQ from 0.5.19 on.
+DEVICES: Mapping[str, Device] = {
+    "marlin": Device(marlin=True, falls_back=True),
+    "npu": Device({"qweight": "weight", "qzeros": "zeros"}, falls_back=True),
+    "amx": Device(cpu=True),
+    "xpu": Device({"qzeros": "xpu_zero_points", "scales": "xpu_scales"}),
 }
-UNKNOWN = {
-    "amx": "on a CPU the engine also packs float weights (lm_head, routers) in an order of its own",
-    "xpu": "the state of a running engine on this device has not been looked at",
-}
+MARLIN_GROUPS = (-1, 32, 64, 128)  # marlin_utils.py check_marlin_supported; else the method is awq
 
 Span = tuple[int, int]
 Tensors = Stored | TensorInfo
@@ -65,11 +85,11 @@ class _Unit:
 
 def check_target(target: Target) -> None:
     """Refuse a target whose parameters in the running engine are not known."""
-    if target.name not in SUFFIXES:
-        why = UNKNOWN.get(target.name, "no SGLang engine is known to hold its tensors")
+    if target.name not in DEVICES:
         raise AwqconvError(
-            f"the form sglang-sharded is not there for {target.name}: {why}",
-            fix=f"Use --form hf, or --target {' or '.join(SUFFIXES)}.",
+            f"the form sglang-sharded is not there for {target.name}: no SGLang engine is known to "
+            "hold its tensors",
+            fix=f"Use --form hf, or --target {' or '.join(DEVICES)}.",
         )
 
 
@@ -102,7 +122,12 @@ class _Sharder:
     ) -> None:
         self.model, self.sources, self.target, self.tp = model, sources, target, tp
         self.config = model.checkpoint.config
-        self.architecture = architecture(self.config)
+        self.device = DEVICES.get(target.name, Device(marlin=True, falls_back=True))
+        self.group_size = model.quantization.group_size
+        self.marlin = self.device.marlin
+        if target.name == "marlin":
+            self.marlin = self.group_size in MARLIN_GROUPS
+        self.architecture = architecture(self.config, marlin=self.marlin)
         self.ranks, self.problems = ranks, problems
         self.out = Sharded([[] for _ in ranks])
         self.tied = self.architecture.ties and bool(self.config.get("tie_word_embeddings"))
@@ -135,6 +160,12 @@ class _Sharder:
 
     def run(self) -> Sharded:
         """All units, in the order of their first tensor."""
+        if self.group_size < 1 and not self.device.marlin:
+            self._refuse(
+                "the engine divides by the group size, -1, on this device (AWQLinearScheme)",
+                "config.json: quantization_config",
+                "Use --form hf, or write the number of rows there where all modules have it.",
+            )
         units, dropped = self._units()
         self._check_complete(units)
         for unit in units.values():
@@ -150,6 +181,8 @@ class _Sharder:
     def _unit(self, unit: _Unit, dropped: list[Tensors]) -> None:
         if unit.entry.split == "heads":
             self._check_heads(unit)
+        if self.device.cpu:
+            self._check_padding(unit)
         self._check_biases(unit, dropped)
         quantized = {isinstance(part, Stored) for part in unit.parts.values()}
         if len(quantized) > 1:
@@ -194,7 +227,7 @@ class _Sharder:
             if not number.isdecimal() or int(number) >= self.layers:
                 return None
             layer, known = int(number), self.inner
-            if expert := split(rest):
+            if rest not in known and (expert := split(rest)):
                 rest = expert[0]
                 key = (expert[1], expert[2])
         if rest not in known or (self.tied and module == "lm_head"):
@@ -233,8 +266,22 @@ class _Sharder:
 
     def _check_heads(self, unit: _Unit) -> None:
         for count, title in ((self.heads, "attention heads"), (self.kv_heads, "kv heads")):
-            if count % self.tp and (title[0] == "a" or self.tp % count):
+            repeats = title == "kv heads" and not self.device.cpu and self.tp % count == 0
+            if count % self.tp and not repeats:
                 self._refuse(f"{count} {title} cannot be shared by {self.tp} ranks", unit.name)
+
+    def _check_padding(self, unit: _Unit) -> None:
+        """Refuse intermediate features that the engine pads before it shares them."""
+        if unit.entry.split != "columns":
+            return  # experts and rows of input features must be whole groups in any case
+        for part in unit.parts.values():
+            N = part.linear.N if isinstance(part, Stored) else part.shape[0]
+            if N % (self.tp * self.group_size):
+                self._refuse(
+                    f"N = {N} is no multiple of {self.tp} ranks x group size {self.group_size}; on "
+                    "a CPU the engine pads it",
+                    unit.name,
+                )
 
     def _check_biases(self, unit: _Unit, dropped: list[Tensors]) -> None:
         has = self.architecture.bias.get(unit.name.rpartition(".")[2])
@@ -249,7 +296,7 @@ class _Sharder:
         """Refuse what the engine takes as quantized and is not, or the reverse."""
         kind = unit.entry.split
         if kind == "vocab":
-            head = unit.name == "lm_head" and not self.tied and self.target.name == "marlin"
+            head = unit.name == "lm_head" and not self.tied and self.marlin
             wanted = head and bool(self.model.source_quantization.get("lm_head"))
         else:
             wanted = kind != "all" and not self.model.quantization.skips(unit.name)
@@ -349,10 +396,24 @@ class _Sharder:
             K = rows[1] - rows[0]
             linear = Linear(K, N, self._group(first, K, unit), first.scales)
             rule = hf.broken(self.target, linear)
+            if rule and not self.device.falls_back:
+                self._refuse(f"{self.target.name} does not take it: {rule}", unit.name)
             name = self.target.fallback if rule else self.target.name
-            suffixes = {} if rule else SUFFIXES.get(name, {})
-            jobs.append(self._pack(unit, name, linear, "", suffixes, (tuple(pieces),)))
+            names = {} if rule else self.device.names
+            if self._has(unit, rank):
+                jobs.append(self._pack(unit, name, linear, "", names, (tuple(pieces),)))
         self._decide(sources, name, rule)
+
+    def _has(self, unit: _Unit, rank: int) -> bool:
+        """Whether a rank has the module at all: experts that lie apart are shared whole."""
+        if unit.entry.split != "apart":
+            return True
+        number = int(unit.name.split(".")[-2])
+        each, more = divmod(self._number("num_local_experts", 8), self.tp)
+        if not each:
+            self._refuse(f"{more} experts are fewer than {self.tp} ranks", unit.name)
+        cut = more * (each + 1)
+        return rank == (number // (each + 1) if number < cut else more + (number - cut) // each)
 
     def _pack(
         self,
@@ -404,6 +465,8 @@ class _Sharder:
             rule = self._expert_rule(mixture)
             if rule and not self.target.expert_fallback:
                 self._refuse(f"{self.target.name} does not take the experts: {rule}", unit.name)
+            if not self.marlin and self.device.marlin:
+                self._refuse(f"the engine has no experts of group size {whole.g}", unit.name)
             name = (self.target.expert_fallback or "") if rule else self.target.name
             g = self._halved(mixture, unit) if name == "moe_wna16" else whole.g
             if mixture.I % g or low % 8:
@@ -466,7 +529,27 @@ class _Sharder:
         if len({(info.dtype, info.shape[1:]) for info in infos}) > 1:
             self._refuse("its parts have other dtypes or widths", unit.name)
         for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
-            jobs.append(self._fuse(f"{unit.name}.weight", unit, infos, rank))
+            if self._has(unit, rank):
+                job = self._fuse(f"{unit.name}.weight", unit, infos, rank)
+                jobs.append(replace(job, **self._packed(unit, job.output)))
+
+    def _packed(self, unit: _Unit, weight: TensorInfo) -> dict[str, Any]:
+        """The output and blocks of a rank's float weight [N, K], where the engine packs it.
+
+        Source: layers/amx_utils.py dim_is_supported, sgl-kernel/csrc/cpu/gemm.cpp
+        convert_weight_packed.
+        """
+        if not self.device.cpu or len(weight.shape) != 2 or "embed_tokens" in unit.entry.name:
+            return {}
+        N, K = weight.shape
+        if weight.dtype not in RAW:
+            self._refuse(f"its weight is {weight.dtype}, not a float", unit.name)
+        if K % 32 or (N > 16 and N % 16):
+            return {}
+        if N < 16:
+            blocks = Blocks((N, K), N, layouts.TRANSPOSED, weight.dtype, "F32")
+            return {"output": unplaced(weight.name, "F32", (K, N)), "blocks": blocks}
+        return {"blocks": Blocks((N, K), 32, layouts.VNNI, weight.dtype, weight.dtype)}
 
     def _fuse(self, name: str, unit: _Unit, infos: Sequence[TensorInfo], rank: int) -> Copy:
         """A rank's share of plain tensors, one after another."""
@@ -476,7 +559,7 @@ class _Sharder:
         for index, info in enumerate(infos):
             if unit.entry.split == "vocab":
                 runs += self._vocabulary(unit, info, rank)
-                shape[0] = -(-info.shape[0] // PADDING) * PADDING // self.tp
+                shape[0] = self._padded(info.shape[0]) // self.tp
                 continue
             K = info.shape[1] if len(info.shape) > 1 else 1
             if len(info.shape) == 1 and unit.entry.split == "rows":
@@ -496,7 +579,7 @@ class _Sharder:
         rows = info.shape[0]
         if self._number("vocab_size") != rows:
             self._refuse(f"{rows} rows, vocab_size is {self.config['vocab_size']}", info.name)
-        padded = -(-rows // PADDING) * PADDING
+        padded = self._padded(rows)
         low, high = self._even(padded, rank, "padded rows", unit)
         span = (min(low, rows), min(high, rows))
         if span[1] > span[0]:
@@ -505,14 +588,35 @@ class _Sharder:
             missing = high - low - (span[1] - span[0])
             yield Run("", 0, missing * (info.nbytes // rows))
 
+    def _padded(self, rows: int) -> int:
+        """Rows of an embedding as the engine has them on all ranks."""
+        padded = -(-rows // PADDING) * PADDING
+        if self.device.cpu and padded % self.tp:
+            padded = -(-rows // (PADDING * self.tp)) * PADDING * self.tp
+        return padded
+
     def _bias(self, unit: _Unit) -> None:
         leaf = unit.name.rpartition(".")[2]
-        infos = [unit.biases[part] for part in unit.entry.parts or (leaf,)]
+        keys = unit.entry.parts or (leaf,)
+        infos = [unit.biases[key] for key in keys]
+        part, stored = unit.parts[keys[0]], infos[0].dtype
+        original = (part.linear.bias if isinstance(part, Stored) else None) or stored
         for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
-            jobs.append(self._fuse(f"{unit.name}.bias", unit, infos, rank))
+            weight, job = jobs[-1], self._fuse(f"{unit.name}.bias", unit, infos, rank)
+            packed = isinstance(weight, Pack) or weight.blocks
+            wanted = "F32" if packed and self.device.cpu else original
+            if wanted != stored:
+                shape = job.output.shape
+                blocks = Blocks((1, shape[0]), 1, layouts.PLAIN, stored, wanted)
+                job = replace(job, output=unplaced(job.name, wanted, shape), blocks=blocks)
+            jobs.append(job)
 
     def _plain_experts(self, unit: _Unit) -> None:
         """Experts that are not quantized: w13_weight [E, 2I, H], w2_weight [E, H, I]."""
+        if not self.device.falls_back:
+            self._refuse(
+                "the engine has no experts on this device that are not quantized", unit.name
+            )
         count = self._numbers(unit)
         parts: dict[Any, TensorInfo] = {
             k: p for k, p in unit.parts.items() if isinstance(p, TensorInfo)

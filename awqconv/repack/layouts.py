@@ -66,3 +66,7 @@ VLLM_CPU = Pattern("k (nb nw e) -> nb (k nw) (e)", nw=2, e=8)
 GEMV_FAST = Pattern(
     "(kb kh kq kr) (nb nr) -> nb (kb nr kh kr) (kq)", kh=2, kq=4, kr=8, nr=4
 )  # fmt: skip
+
+# Float weights [N, K] of a CPU's linear layers, each block of 32 rows (or the last 16): pairs of k
+# beside each other, as AMX's bf16 tiles take them. sgl-kernel/csrc/cpu/gemm.cpp pack_vnni.
+VNNI = Pattern("n (kp ki) -> kp n ki", ki=2)
