@@ -185,7 +185,7 @@ class Rank:
 
     # --- models/*.py
 
-    def parameters(self) -> Iterator[tuple[str, Any]]:
+    def parameters(self, target: str) -> Iterator[tuple[str, Any]]:
         """Names with logical matrices (q, z, s) or arrays; experts as name + w13_ and w2_."""
         architecture = self.config["architectures"][0]
         if self.config["tie_word_embeddings"] and "Moe" not in architecture:
@@ -210,6 +210,11 @@ class Rank:
             if architecture == "MixtralForCausalLM":
                 moe = f"{at}block_sparse_moe"
                 yield f"{moe}.gate.weight", self.plain(f"{moe}.gate.weight")
+                if target != "marlin":  # mixtral_quant.py MixtralMoE
+                    for e in np.array_split(range(4), self.tp)[self.rank]:
+                        for name in (f"{moe}.experts.{e}.{w}" for w in ("w1", "w2", "w3")):
+                            yield name, self.built.codes[name]
+                    continue
                 w13, w2 = self.experts(f"{moe}.experts", "w1", "w3", "w2")
                 yield f"{moe}.experts.w13_", w13
                 yield f"{moe}.experts.w2_", w2
@@ -233,24 +238,40 @@ class Rank:
     def state(self, target: str) -> dict[str, bytes]:
         """Every parameter's bytes."""
         found: dict[str, bytes] = {}
-        for name, value in self.parameters():
+        packs = set()  # linear layers that have their own order on a CPU
+        for name, value in self.parameters(target):
             if value is None:
                 continue
             if isinstance(value, np.ndarray):
-                plain = name.endswith(("weight", "bias"))
-                found[name if plain else f"{name}.weight"] = np.ascontiguousarray(value).tobytes()
+                plain = name if name.endswith(("weight", "bias")) else f"{name}.weight"
+                module, _, kind = plain.rpartition(".")
+                held = value
+                if target == "amx" and kind == "bias" and module in packs:
+                    held = value.astype(np.float32)
+                elif target == "amx" and value.ndim == 2 and not self.embeds(module):
+                    held = amx_floats(value)
+                    packs |= {module} if held is not value else set()
+                found[plain] = np.ascontiguousarray(held).tobytes()
                 continue
+            packs.add(name)
             stacked = value[0].ndim == 3
             how = self.moe_layout(target, value) if stacked else dense_layout(target, *value)
             for suffix, data in packed(how, *(a if stacked else a[None] for a in value)).items():
-                named = NPU.get(suffix, suffix) if how == "npu" and not stacked else suffix
+                named = (
+                    NAMES[target].get(suffix, suffix) if how == target and not stacked else suffix
+                )
                 found[f"{name}{named}" if stacked else f"{name}.{named}"] = data
         return found
 
+    def embeds(self, module: str) -> bool:
+        return module == "model.embed_tokens" or (
+            module == "lm_head" and self.config["tie_word_embeddings"]
+        )
+
     def moe_layout(self, target: str, value: Linear) -> str:
         """AWQMarlinConfig.get_quant_method: check_moe_marlin_supports_layer, else moe_wna16."""
-        if target == "npu":
-            return "npu"
+        if target != "marlin":
+            return target
         names = [
             n for n in self.built.codes if n.endswith((".w2", ".down_proj")) and "experts" in n
         ]
@@ -260,12 +281,28 @@ class Rank:
         return "marlin" if fits else "moe_wna16"
 
 
-NPU = {"qweight": "weight", "qzeros": "zeros"}
+NAMES: dict[str, dict[str, str]] = {
+    "marlin": {}, "amx": {}, "npu": {"qweight": "weight", "qzeros": "zeros"},
+    "xpu": {"qzeros": "xpu_zero_points", "scales": "xpu_scales"},
+}  # fmt: skip
+
+
+def amx_floats(w: Array) -> Array:
+    """convert_weight_packed of a float weight [N, K], or itself where it does not fit."""
+    N, K = w.shape
+    if K % 32 or (N > 16 and N % 16):
+        return w
+    if N < 16:
+        return np.ascontiguousarray(w.T).astype(np.float32)
+    blocks = [w[i : i + 32] for i in range(0, N, 32)]
+    return np.concatenate([b.reshape(-1, K // 2, 2).swapaxes(0, 1).reshape(-1) for b in blocks])
 
 
 def dense_layout(target: str, q: Array, z: Array, s: Array) -> str:
     """check_marlin_supports_layer, else plain AWQ; AWQAscendLinearKernel, else bf16."""
     (K, N), g = q.shape, len(q) // len(z)
+    if target in ("amx", "xpu"):
+        return target
     if target == "npu":
         return "npu" if g % 32 == 0 and g < K else "bf16"
     return "marlin" if N % 64 == 0 and K % 128 == 0 and g in (32, 64, 128, K) else "awq"
@@ -288,6 +325,18 @@ def packed(how: str, q: Array, z: Array, s: Array) -> dict[str, bytes]:
     if how == "npu":
         offsets = (8 - z.astype(np.float32)).astype(s.dtype)
         return {"qweight": each(q ^ 8, layouts.ROWS), "qzeros": offsets.tobytes(),
+                "scales": np.ascontiguousarray(s).tobytes()}  # fmt: skip
+    if how == "amx":
+        b = min(g, 128)
+        E, K, N = q.shape
+        words = [reference.pack(x, layouts.amx(b)).reshape(N // 32, K // b, -1) for x in q]
+        less = (q.astype(np.int32) - np.repeat(z, g, 1)).reshape(E, K // b, b, N // 32, 32).sum(2)
+        comp = np.ascontiguousarray(less.transpose(0, 2, 1, 3).astype("<i4")).view(np.uint8)
+        return {"qweight": np.concatenate((np.stack(words), comp), -1).tobytes(),
+                "qzeros": numbers(z.astype(np.int8), layouts.AMX_COLUMNS),
+                "scales": numbers(s.astype(np.float32), layouts.AMX_COLUMNS)}  # fmt: skip
+    if how == "xpu":
+        return {"qweight": each(q, layouts.COLUMNS), "qzeros": z.astype(np.int8).tobytes(),
                 "scales": np.ascontiguousarray(s).tobytes()}  # fmt: skip
     order = layouts.MARLIN_SCALES if z.shape[1] > 1 else layouts.MARLIN_SCALES_SINGLE
     weight, zeros, scales = {

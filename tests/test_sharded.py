@@ -19,6 +19,7 @@ from awqconv.repack import layouts, reference
 from awqconv.targets import layout
 
 STATE = json.loads((GOLDEN / "sglang_sharded_state.json").read_text())
+CPU_STATE = json.loads((GOLDEN / "sglang_sharded_state_cpu.json").read_text())
 
 
 def rank_tensors(path: Path, rank: int) -> dict[str, Raw]:
@@ -73,6 +74,17 @@ def test_the_shards_are_the_state_of_the_running_engine(models, tmp_path, case):
     assert back(tmp_path / "out", tmp_path / "back") == source_tensors(models / name)
 
 
+@pytest.mark.parametrize("case", CPU_STATE)
+def test_the_shards_are_the_state_of_the_engine_on_a_cpu(models, tmp_path, case):
+    name, tp = case.rsplit("-tp", 1)
+    sharded(models / name, tmp_path / "out", int(tp), "amx")
+    for rank, state in enumerate(CPU_STATE[case]):
+        assert {
+            tensor: [raw.dtype, list(raw.shape), xxhash.xxh3_128_hexdigest(raw.data)]
+            for tensor, raw in rank_tensors(tmp_path / "out", rank).items()
+        } == state
+
+
 def check(source: Built, config: dict, path: Path, tp: int, target: str = "marlin") -> None:
     """Rank files hold exactly what the engine's loaders make, and turn back to the source."""
     sharded(source.path, path / "out", tp, target, max_shard_size="200kB")
@@ -87,6 +99,18 @@ def check(source: Built, config: dict, path: Path, tp: int, target: str = "marli
 
 DENSE = [name for name in MODELS if "Mixtral" not in name and "Moe" not in name]
 CASES = [(name, tp) for name in MODELS for tp in (1, 2, 4)] + [(name, 8) for name in DENSE]
+
+
+@pytest.mark.parametrize("target", ["npu", "amx", "xpu"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_every_parameter_is_as_the_engine_shares_it_elsewhere(tmp_path, architecture, tp, target):
+    source, config = make_model(tmp_path / "m", architecture)
+    if target == "xpu" and "Moe" in architecture:
+        with pytest.raises(AwqconvError, match="xpu does not take the experts"):
+            sharded(source.path, tmp_path / "out", tp, target)
+    else:
+        check(source, config, tmp_path, tp, target)
 
 
 @pytest.mark.parametrize(("architecture", "tp"), CASES)
@@ -115,11 +139,20 @@ def test_npu_parameters_with_a_fallback_by_rank(tmp_path, architecture, tp):
     ],
     ids=lambda o: ",".join(o) + str(o.get("g", "")),
 )
-def test_options_of_a_dense_model(tmp_path, options):
+@pytest.mark.parametrize("target", ["marlin", "amx", "xpu"])
+def test_options_of_a_dense_model(tmp_path, target, options):
     options = dict(options)
     if "self_attn.q" in options.get("skip", ()):
         options["skip"] = ("self_attn",)
-    check(*make_model(tmp_path / "m", "LlamaForCausalLM", **options), tmp_path, 2)
+    source, config = make_model(tmp_path / "m", "LlamaForCausalLM", **options)
+    if target == "xpu" and options.get("g") == 16:
+        with pytest.raises(AwqconvError, match="xpu does not take it: g in"):
+            sharded(source.path, tmp_path / "out", 2, target)
+    elif target == "amx" and options.get("kv_heads") == 1:
+        with pytest.raises(AwqconvError, match="1 kv heads cannot be shared by 2 ranks"):
+            sharded(source.path, tmp_path / "out", 2, target)
+    else:
+        check(source, config, tmp_path, 2, target)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +228,7 @@ def test_shards_of_a_conversion_are_those_of_its_source(tmp_path, first):
     # k and v of a rank are 32 columns: less than Marlin's granule, in the source and in the shards.
     source, _ = make_model(tmp_path / "m", "MixtralForCausalLM", kv_heads=2, I=384)
     awqconv.convert(source.path, tmp_path / "first", target=first)
-    for target, tp in (("marlin", 2), ("marlin", 4), ("npu", 2)):
+    for target, tp in (("marlin", 2), ("marlin", 4), ("npu", 2), ("amx", 2), ("xpu", 4)):
         a, b = (tmp_path / f"{target}{tp}-{x}" for x in "ab")
         sharded(source.path, a, tp, target)
         sharded(tmp_path / "first", b, tp, target)
@@ -210,6 +243,8 @@ def test_shards_of_a_conversion_are_those_of_its_source(tmp_path, first):
         ("MixtralForCausalLM", "marlin", 4, {"I": 384, "g": 128, "heads": 32}),
         ("Qwen2MoeForCausalLM", "npu", 2, {"skip": ("layers.0.mlp.shared_expert",)}),
         ("Qwen2ForCausalLM", "npu", 4, {"g": 64, "tied": True}),
+        ("Qwen2MoeForCausalLM", "amx", 2, {"skip": ("layers.0.mlp.shared_expert",)}),
+        ("MixtralForCausalLM", "xpu", 2, {}),
     ],
 )
 def test_a_sharded_folder_is_verified_and_every_damage_found(
@@ -274,11 +309,33 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "tp", "says"), REFUSALS, ids=[r[2] for r in REFUSALS])
-def test_what_the_engine_could_not_load_is_refused(tmp_path, options, tp, says):
-    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM", **options)
+REFUSALS = [("LlamaForCausalLM", "marlin", *refusal) for refusal in REFUSALS] + [
+    ("LlamaForCausalLM", "amx", {"g": 96, "I": 480}, 5, "8 attention heads"),
+    ("LlamaForCausalLM", "amx", {"kv_heads": 2}, 4, "2 kv heads cannot be shared by 4 ranks"),
+    ("LlamaForCausalLM", "amx", {"I": 384, "g": 128, "skip": ("mlp.down_proj",)}, 2,
+     "N = 384 is no multiple of 2 ranks x group size 128"),
+    ("LlamaForCausalLM", "amx", {"g": -1}, 1, "divides by the group size"),
+    ("LlamaForCausalLM", "amx", {"I": 40, "g": 8}, 1, "amx does not take it: N % 32"),
+    ("Qwen3MoeForCausalLM", "amx", {"skip": ("mlp.experts",)}, 1, "that are not quantized"),
+    ("Qwen3MoeForCausalLM", "marlin", {"g": 16}, 1, "no experts of group size 16"),
+    ("MixtralForCausalLM", "npu", {"extra": {"num_local_experts": 0}}, 1, "num_local_experts is 0"),
+    ("MixtralForCausalLM", "npu", {}, 8, "4 experts are fewer than 8 ranks"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "target", "options", "tp", "says"), REFUSALS,
+                         ids=[r[4] for r in REFUSALS])  # fmt: skip
+def test_what_the_engine_could_not_load_is_refused(
+    tmp_path, architecture, target, options, tp, says
+):
+    source, _ = make_model(tmp_path / "m", architecture, **options)
+    if options.get("g") == -1:
+        path = source.path / "config.json"
+        config = json.loads(path.read_text())
+        config["quantization_config"]["group_size"] = -1
+        path.write_text(json.dumps(config))
     with pytest.raises(AwqconvError, match=says) as error:
-        sharded(source.path, tmp_path / "out", tp)
+        sharded(source.path, tmp_path / "out", tp, target)
     assert error.value.where
     assert error.value.fix
     assert not (tmp_path / "out").exists()
@@ -288,8 +345,7 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path):
     source, _ = make_model(tmp_path / "m", "LlamaForCausalLM")
     model = open_model(source.path)
     for target, options, says in [
-        ("amx", {"form": "sglang-sharded"}, "not there for amx"),
-        ("xpu", {"form": "sglang-sharded"}, "not there for xpu"),
+        ("compressed-tensors", {"form": "sglang-sharded"}, "not there for compressed-tensors"),
         ("marlin", {"tp": 2}, "same for every number of ranks"),
         ("marlin", {"form": "gguf"}, "no form is named 'gguf'"),
         ("marlin", {"form": "sglang-sharded", "tp": 0}, "0 tensor-parallel ranks"),

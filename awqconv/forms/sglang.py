@@ -110,6 +110,23 @@ def try_first(
     return _Sharder(model, sources, target, tp, (0,), problems).run(), problems
 
 
+def packed_float(weight: TensorInfo) -> tuple[TensorInfo, Blocks | None]:
+    """A float weight [N, K] as the engine holds it on a CPU, and its order there, if not plain.
+
+    Source: layers/amx_utils.py dim_is_supported; sgl-kernel/csrc/cpu/gemm.cpp
+    convert_weight_packed.
+    """
+    if len(weight.shape) != 2 or weight.dtype not in RAW:
+        return weight, None
+    N, K = weight.shape
+    if K % 32 or (N > 16 and N % 16):
+        return weight, None
+    if N < 16:  # for a product by fused multiply and add: float32 [K, N]
+        blocks = Blocks((N, K), N, layouts.TRANSPOSED, weight.dtype, "F32")
+        return unplaced(weight.name, "F32", (K, N)), blocks
+    return weight, Blocks((N, K), 32, layouts.VNNI, weight.dtype, weight.dtype)
+
+
 class _Sharder:
     def __init__(
         self,
@@ -531,25 +548,10 @@ class _Sharder:
         for rank, jobs in zip(self.ranks, self.out.ranks, strict=True):
             if self._has(unit, rank):
                 job = self._fuse(f"{unit.name}.weight", unit, infos, rank)
-                jobs.append(replace(job, **self._packed(unit, job.output)))
-
-    def _packed(self, unit: _Unit, weight: TensorInfo) -> dict[str, Any]:
-        """The output and blocks of a rank's float weight [N, K], where the engine packs it.
-
-        Source: layers/amx_utils.py dim_is_supported, sgl-kernel/csrc/cpu/gemm.cpp
-        convert_weight_packed.
-        """
-        if not self.device.cpu or len(weight.shape) != 2 or "embed_tokens" in unit.entry.name:
-            return {}
-        N, K = weight.shape
-        if weight.dtype not in RAW:
-            self._refuse(f"its weight is {weight.dtype}, not a float", unit.name)
-        if K % 32 or (N > 16 and N % 16):
-            return {}
-        if N < 16:
-            blocks = Blocks((N, K), N, layouts.TRANSPOSED, weight.dtype, "F32")
-            return {"output": unplaced(weight.name, "F32", (K, N)), "blocks": blocks}
-        return {"blocks": Blocks((N, K), 32, layouts.VNNI, weight.dtype, weight.dtype)}
+                if self.device.cpu and "embed_tokens" not in unit.entry.name:
+                    output, blocks = packed_float(job.output)
+                    job = replace(job, output=output, blocks=blocks)
+                jobs.append(job)
 
     def _fuse(self, name: str, unit: _Unit, infos: Sequence[TensorInfo], rank: int) -> Copy:
         """A rank's share of plain tensors, one after another."""
