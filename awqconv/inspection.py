@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from awqconv.capacity import Capacity, capacity
-from awqconv.checkpoint.model import Model, open_model
+from awqconv.checkpoint.model import Model, Stored, open_model
 from awqconv.checkpoint.source import Source
 from awqconv.errors import AwqconvError
 from awqconv.hub import PREFIX
@@ -83,14 +84,20 @@ def inspect(
 
 def _inspect(opened: Model, target: str | None, tp: Sequence[int]) -> Inspection:
     counts: Counter[tuple[str, int, int, int, str]] = Counter()
-    sizes: Counter[tuple[str, int, int, int, str]] = Counter()
+    sizes: defaultdict[tuple[str, int, int, int, str], Fraction] = defaultdict(Fraction)
     for module in opened.modules.values():
         linear = module.linear
         name = re.sub(r"(?<=\.)\d+(?=\.)", "*", module.name)
-        key = (name, linear.K, linear.N, linear.g, module.layout)
+        key = (name, linear.K, linear.N, linear.g, _layout(opened, module))
         counts[key] += module.experts
-        sizes[key] += sum(info.nbytes for info in module.tensors.values())
-    tensors = opened.checkpoint.tensors.values()
+        sizes[key] += sum(
+            (p.rows[1] - p.rows[0]) * (p.cols[1] - p.cols[0]) * _each(p.source)
+            for pieces in opened.pieces(module)
+            for p in pieces
+        )
+    tensors = [*opened.checkpoint.tensors.values()]
+    if opened.ranks:
+        tensors = [*opened.plain, *(i for m in opened.ranks.values() for i in m.tensors.values())]
     decided = None
     ranks: list[Capacity] = []
     if target:
@@ -106,11 +113,11 @@ def _inspect(opened: Model, target: str | None, tp: Sequence[int]) -> Inspection
         opened.quantization.group_size,
         len(opened.modules),
         len(opened.others),
-        sum(sizes.values()),
+        round(sum(sizes.values())),
         sum(info.nbytes for info in tensors),
         len(opened.checkpoint.shards),
         [
-            Kind(name, n, K, N, g, how, sizes[key])
+            Kind(name, n, K, N, g, how, round(sizes[key]))
             for key, n in counts.items()
             for name, K, N, g, how in [key]
         ],
@@ -121,3 +128,17 @@ def _inspect(opened: Model, target: str | None, tp: Sequence[int]) -> Inspection
         sum(opened.checkpoint.files.values()) if name.startswith(PREFIX) else 0,
         ranks,
     )
+
+
+def _layout(opened: Model, module: Stored) -> str:
+    """A module's layout; in a sharded folder its shares', as the manifest has it."""
+    if not opened.manifest:
+        return module.layout
+    said: str = opened.manifest["modules"][module.name]["layout"]
+    return said
+
+
+def _each(module: Stored) -> Fraction:
+    """Stored bytes of a module for each element of its weight."""
+    size = sum(info.nbytes for info in module.tensors.values())
+    return Fraction(size, module.linear.K * module.linear.N * module.experts)

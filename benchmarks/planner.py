@@ -27,7 +27,7 @@ H, I, DENSE, GROUP = 7168, 2048, 18432, 128  # noqa: E741
 class Headers:
     """A source of files that are all header."""
 
-    name = "headers"
+    name, in_order = "headers", False
 
     def __init__(self, shards: list[list[Spec]], config: dict[str, object]) -> None:
         self.data: dict[str, bytes] = {"config.json": json.dumps(config).encode()}

@@ -382,6 +382,8 @@ def test_a_damaged_sharded_folder_is_refused(tmp_path):
         ({"target": 1}, "no target is named 1"),
         ({"layout_version": 99}, "layout version 99"),
         ({"tp": None}, "incomplete"),
+        ({"modules": {}}, "does not name model.layers.0.mlp.down_proj"),
+        ({"modules": []}, "incomplete"),
     ]:
         manifest.write_text(json.dumps({**good, **change}))
         with pytest.raises(AwqconvError, match=says):
@@ -416,3 +418,15 @@ def test_capacity_by_number_of_ranks(tmp_path):
     sharded(source.path, tmp_path / "out", 4)
     written = sum(len(r.data) for r in rank_tensors(tmp_path / "out", 1).values())
     assert found[4].nbytes == written
+
+
+def test_inspection_of_a_sharded_folder_tells_its_layouts_and_bytes(tmp_path):
+    source, _ = make_model(tmp_path / "m", "Qwen3MoeForCausalLM", g=64, I=192)
+    sharded(source.path, tmp_path / "out", 2)
+    found = awqconv.inspect(tmp_path / "out")
+    assert {k.layout for k in found.kinds if ".experts." in k.name} == {"moe_wna16"}
+    assert {k.layout for k in found.kinds if ".experts." not in k.name} == {"marlin"}
+    held = [raw for rank in range(2) for raw in rank_tensors(tmp_path / "out", rank).items()]
+    parts = (".qweight", ".qzeros", ".scales", "_qweight", "_qzeros", "_scales")
+    assert found.quantized_bytes == sum(len(r.data) for n, r in held if n.endswith(parts))
+    assert found.nbytes == sum(len(r.data) for _, r in held)

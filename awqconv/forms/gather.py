@@ -73,9 +73,10 @@ def open_sharded(source: Source) -> Model:
         version = manifest["layout_version"]
         group_size = int(manifest["group_size"])
         unconverted = tuple(manifest["modules_to_not_convert"])
+        said = {str(name): entry["layout"] for name, entry in manifest["modules"].items()}
         if not 1 <= tp <= MAX_RANKS:
             raise ValueError(f"tp {tp}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise AwqconvError(f"the manifest is incomplete: {error!r}", MANIFEST, AGAIN) from None
     if version != target.version:
         raise AwqconvError(
@@ -94,6 +95,8 @@ def open_sharded(source: Source) -> Model:
     checkpoint = Checkpoint(views, config, quant, files, shards, tensors, {})
     checkpoint.modules = find_modules(checkpoint)
     model = awq_model(checkpoint)
+    if missing := sorted(model.modules.keys() - said.keys()):
+        raise AwqconvError(f"the manifest does not name {missing[0]}", MANIFEST, AGAIN)
     sharded = sglang.shard(model, model.modules, target, tp)
     found: dict[tuple[int, str], TensorInfo] = {}
     for name in (*shards, *((KEPT,) if KEPT in written else ())):
