@@ -94,7 +94,7 @@ class Encoder:
         to = part.layout(linear)
         feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
         dim, cuts = self._tiles(part, to, feeds)
-        moves = _moves(pieces, part.of, linear.g, strided=dim == 1)
+        moves = _moves(pieces, part.of, linear.g)
         fits = all(_fits(move, feeds[move.slot].layout, to, dim) for move in moves)
         put = self._put if fits else self._put_loose
         zeros = self.zeros(pieces, linear, hashers) if part.pattern.pad else None
@@ -125,12 +125,13 @@ class Encoder:
         scales = linear.scales if part.of == "s" else "F32"
         for move in moves:
             feed = feeds[move.slot]
-            low, size = move.source[dim], move.shape[dim]
-            source, at = feed.window(dim, low, low + size)
-            rest = move.shape[other]
-            at = _slice(at, other, move.source[other], rest, move.steps[0])
-            into = _slice(tile, dim, move.at[dim], size)
-            into = _slice(into, other, move.at[other], rest, move.steps[1])
+            low, size, rest = move.source[dim], move.shape[dim], move.shape[other]
+            source, at = feed.window(dim, low, low + move.span(dim))
+            steps = ((move.steps[0], move.steps[1]), (1, 1))  # along rows, along columns
+            at = _slice(at, dim, 0, size, steps[dim][0])
+            at = _slice(at, other, move.source[other], rest, steps[other][0])
+            into = _slice(tile, dim, move.at[dim], size, steps[dim][1])
+            into = _slice(into, other, move.at[other], rest, steps[other][1])
             if not move.again:
                 recode(source, feed.part, at, buffer, part, into, scales)
                 continue
@@ -156,7 +157,7 @@ class Encoder:
             feed = feeds[move.slot]
             grain = max(axis.logical for axis in feed.layout.axes if axis.dim == dim)
             low = move.source[dim] // grain * grain
-            high = -(-(move.source[dim] + move.shape[dim]) // grain) * grain
+            high = -(-(move.source[dim] + move.span(dim)) // grain) * grain
             plain = _plain(*feed.window(dim, low, high), feed.part, linear.scales)
             begin = [x - (low if d == dim else 0) for d, x in enumerate(move.source)]
             (k, n), (K, N) = begin, move.shape
@@ -183,8 +184,9 @@ class Encoder:
         feeds = self._feeds(pieces, "z", hashers, self.share)
         plain = [unpack_nibbles(_plain(*f.window(0, 0, f.layout.shape[0]), f.part)) for f in feeds]
         for move in _moves(pieces, "z", linear.g):
-            (i, n), (G, N), (k, c) = move.source, move.shape, move.at
-            zeros[k : k + G, c : c + N] = plain[move.slot][i : i + G, n : n + N]
+            (i, n), (G, N), (k, c), (a, b) = move.source, move.shape, move.at, move.steps
+            rows = plain[move.slot][i : i + G * a : a, n : n + N]
+            zeros[k : k + G * b : b, c : c + N] = rows
         return zeros
 
     def _dense(
@@ -238,14 +240,20 @@ class Move:
     again: bool = False
     steps: tuple[int, int] = (1, 1)  # from row to row, in the source and where it lands
 
+    def span(self, dim: int) -> int:
+        """Rows or columns of the source from its first to its last."""
+        return (self.shape[dim] - 1) * (1 if dim else self.steps[0]) + 1
+
     def cut(self, dim: int, start: int, stop: int) -> Move | None:
         """What a tile start..stop of `dim` takes of it, `at` counted from the tile's start."""
-        low, high = max(start, self.at[dim]), min(stop, self.at[dim] + self.shape[dim])
-        if low >= high:
+        a, b = (1, 1) if dim else self.steps
+        first = max(0, -((self.at[dim] - start) // b))
+        last = min(self.shape[dim], -((self.at[dim] - stop) // b))
+        if first >= last:
             return None
-        shift = low - self.at[dim]
         source, shape, at = list(self.source), list(self.shape), list(self.at)
-        source[dim], shape[dim], at[dim] = source[dim] + shift, high - low, low - start
+        source[dim] += first * a
+        shape[dim], at[dim] = last - first, at[dim] + first * b - start
         return Move(self.slot, _pair(source), _pair(shape), _pair(at), self.again, self.steps)
 
 
@@ -253,10 +261,10 @@ def _pair(values: list[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _moves(pieces: Sequence[Piece], of: str, g: int, *, strided: bool = False) -> list[Move]:
+def _moves(pieces: Sequence[Piece], of: str, g: int) -> list[Move]:
     """Where the elements of one array go: rows of codes; rows of scales and zero points, which may
     be fewer or more in a source whose groups are larger or smaller than the output's `g`: then
-    every so many rows in one move, if `strided` and if groups begin together, else row by row."""
+    every so many rows in one move, if groups begin together, else row by row."""
     moves: list[Move] = []
     seen: set[tuple[int, int]] = set()
     for slot, piece in enumerate(pieces):
@@ -267,10 +275,8 @@ def _moves(pieces: Sequence[Piece], of: str, g: int, *, strided: bool = False) -
         elif g == theirs:
             groups = (high - low) // g
             moves.append(Move(slot, (low // g, first), (groups, width), (k // g, n), piece.again))
-        elif (
-            strided
-            and max(g, theirs) % min(g, theirs) == 0
-            and not any(x % max(g, theirs) for x in (low, high, k))
+        elif max(g, theirs) % min(g, theirs) == 0 and not any(
+            x % max(g, theirs) for x in (low, high, k)
         ):
             fine, coarse = theirs // g, g // theirs  # one of them is 0
             count = (high - low) // max(g, theirs)
