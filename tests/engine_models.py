@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {},
     "Qwen3ForCausalLM": {"attention_bias": False},
     "MixtralForCausalLM": {"num_local_experts": 4},
-    "Qwen2MoeForCausalLM": {"num_experts": 4, "mlp_only_layers": [1]},
+    "Qwen2MoeForCausalLM": {"num_experts": 4},
     "Qwen3MoeForCausalLM": {"num_experts": 4},
 }
 
@@ -218,7 +218,7 @@ class Rank:
                 w13, w2 = self.experts(f"{moe}.experts", "w1", "w3", "w2")
                 yield f"{moe}.experts.w13_", w13
                 yield f"{moe}.experts.w2_", w2
-            elif "Moe" in architecture and layer not in self.config.get("mlp_only_layers", ()):
+            elif "Moe" in architecture:
                 moe = f"{at}mlp"
                 yield f"{moe}.gate.weight", self.plain(f"{moe}.gate.weight")
                 w13, w2 = self.experts(f"{moe}.experts", "gate_proj", "up_proj", "down_proj")

@@ -203,3 +203,34 @@ def test_where_the_engines_order_scales_wrongly():
     assert (128, 256, 128, 1) in wrong  # H = g: one row, ordered as several
     assert (2048, 1024, 128, 4) not in wrong
     assert all(I // tp <= g or g == H for H, I, g, tp in wrong)  # noqa: E741
+
+
+CHECKPOINTS = ("mixtral-tiny-awq", "qwen3moe-tiny-awq")
+SHARDED = [(target, "sglang-sharded", tp) for target in ("marlin", "npu", "amx", "xpu")
+           for tp in (1, 2, 4)]  # fmt: skip
+# At four ranks Mixtral's o_proj has half a group, and Qwen3's experts too, which only moe_wna16
+# halves; on a CPU the engine would pad two kv heads; on XPU it has no fused experts.
+NO = {
+    "mixtral-tiny-awq": {(target, 4): "of a rank" for target in ("marlin", "npu", "xpu")}
+    | {("amx", 4): "2 kv heads"},
+    "qwen3moe-tiny-awq": {(target, 4): "of a rank" for target in ("npu", "amx")}
+    | {("xpu", tp): "does not take the experts" for tp in (1, 2, 4)},
+}
+
+
+@pytest.mark.parametrize(("target", "form", "tp"), [*((name, "hf", 1) for name in NAMES), *SHARDED])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_real_mixtures_in_every_form(models, tmp_path, name, target, form, tp):
+    def run() -> None:
+        awqconv.convert(models / name, tmp_path / "out", target=target, form=form, tp=tp)
+
+    says = NO[name].get((target, tp)) if form != "hf" else None
+    if says:
+        with pytest.raises(AwqconvError, match=says):
+            run()
+        return
+    run()
+    for source in (None, models / name):
+        assert awqconv.verify(tmp_path / "out", source=source).ok
+    awqconv.convert(tmp_path / "out", tmp_path / "back", target="awq")
+    assert tensors(tmp_path / "back") == tensors(models / name)

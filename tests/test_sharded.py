@@ -318,6 +318,8 @@ REFUSALS = [("LlamaForCausalLM", "marlin", *refusal) for refusal in REFUSALS] + 
     ("LlamaForCausalLM", "amx", {"I": 40, "g": 8}, 1, "amx does not take it: N % 32"),
     ("Qwen3MoeForCausalLM", "amx", {"skip": ("mlp.experts",)}, 1, "that are not quantized"),
     ("Qwen3MoeForCausalLM", "marlin", {"g": 16}, 1, "no experts of group size 16"),
+    ("Qwen2MoeForCausalLM", "marlin", {"extra": {"mlp_only_layers": [1]}}, 1,
+     "the engine has this module, the checkpoint lacks model.layers.1.mlp.gate"),
     ("MixtralForCausalLM", "npu", {"extra": {"num_local_experts": 0}}, 1, "num_local_experts is 0"),
     ("MixtralForCausalLM", "npu", {}, 8, "4 experts are fewer than 8 ranks"),
 ]  # fmt: skip
@@ -359,7 +361,7 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path):
 
 
 def test_a_module_the_engine_would_take_the_other_way_is_refused(tmp_path):
-    source, _ = make_model(tmp_path / "m", "Qwen2MoeForCausalLM")
+    source, _ = make_model(tmp_path / "m", "LlamaForCausalLM")
     path = source.path / "config.json"
     config = json.loads(path.read_text())
     # The engine looks for the part in the fused name: mlp.gate is also in mlp.gate_up_proj.
@@ -367,7 +369,7 @@ def test_a_module_the_engine_would_take_the_other_way_is_refused(tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(AwqconvError, match="takes it the other way") as error:
         sharded(source.path, tmp_path / "out", 1)
-    assert error.value.where == "model.layers.1.mlp.gate_up_proj"
+    assert error.value.where == "model.layers.0.mlp.gate_up_proj"
 
 
 def test_a_damaged_sharded_folder_is_refused(tmp_path):

@@ -33,13 +33,12 @@ class Entry:
     """A module of the engine; # in its name is a layer's number.
 
     `parts` are the checkpoint's modules beside it that it is fused from, in order; none if it is
-    one of them itself. `only`: layers of this kind, dense or sparse, have it.
+    one of them itself.
     """
 
     name: str
     split: str
     parts: tuple[str, ...] = ()
-    only: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,21 +75,22 @@ _QK_NORM = (
     Entry(_L + "self_attn.k_norm", "all"),
 )
 _MLP = (
-    Entry(_L + "mlp.gate_up_proj", "columns", ("gate_proj", "up_proj"), "dense"),
-    Entry(_L + "mlp.down_proj", "rows", (), "dense"),
+    Entry(_L + "mlp.gate_up_proj", "columns", ("gate_proj", "up_proj")),
+    Entry(_L + "mlp.down_proj", "rows"),
 )
 _MIXTRAL = (
     Entry(_L + "block_sparse_moe.gate", "all"),
-    Entry(_L + "block_sparse_moe.experts", "experts", ("w1", "w3", "w2"), "sparse"),
+    Entry(_L + "block_sparse_moe.experts", "experts", ("w1", "w3", "w2")),
 )
+# Every layer is one of experts: the engine does not look at mlp_only_layers or decoder_sparse_step.
 _QWEN_MOE = (
-    Entry(_L + "mlp.gate", "all", (), "sparse"),
-    Entry(_L + "mlp.experts", "experts", ("gate_proj", "up_proj", "down_proj"), "sparse"),
+    Entry(_L + "mlp.gate", "all"),
+    Entry(_L + "mlp.experts", "experts", ("gate_proj", "up_proj", "down_proj")),
 )
 _SHARED = (
-    Entry(_L + "mlp.shared_expert.gate_up_proj", "columns", ("gate_proj", "up_proj"), "sparse"),
-    Entry(_L + "mlp.shared_expert.down_proj", "rows", (), "sparse"),
-    Entry(_L + "mlp.shared_expert_gate", "all", (), "sparse"),
+    Entry(_L + "mlp.shared_expert.gate_up_proj", "columns", ("gate_proj", "up_proj")),
+    Entry(_L + "mlp.shared_expert.down_proj", "rows"),
+    Entry(_L + "mlp.shared_expert_gate", "all"),
 )
 
 _LLAMA = Architecture(
@@ -111,11 +111,11 @@ ARCHITECTURES = {
     ),
     "MixtralForCausalLM": Architecture(_BODY + _MIXTRAL, "mixtral.py MixtralForCausalLM"),
     "Qwen2MoeForCausalLM": Architecture(
-        _BODY + _MLP + _QWEN_MOE + _SHARED, "qwen2_moe.py Qwen2MoeForCausalLM",
+        _BODY + _QWEN_MOE + _SHARED, "qwen2_moe.py Qwen2MoeForCausalLM",
         {"qkv_proj": lambda config: bool(config.get("qkv_bias", True))},
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        _BODY + _QK_NORM + _MLP + _QWEN_MOE, "qwen3_moe.py Qwen3MoeForCausalLM",
+        _BODY + _QK_NORM + _QWEN_MOE, "qwen3_moe.py Qwen3MoeForCausalLM",
         {"qkv_proj": _attention_bias, "o_proj": _attention_bias},
     ),
 }  # fmt: skip

@@ -78,7 +78,6 @@ class _Unit:
 
     entry: Entry
     name: str
-    layer: int | None
     parts: dict[Any, Tensors] = field(default_factory=dict)
     biases: dict[Any, TensorInfo] = field(default_factory=dict)
 
@@ -258,18 +257,15 @@ class _Sharder:
         if self.tied and name == "model.embed_tokens":
             # One parameter under two names: the loader knows it by the first in the alphabet.
             name = "lm_head"
-        unit = units.setdefault(name, _Unit(entry, name, layer))
+        unit = units.setdefault(name, _Unit(entry, name))
         return unit, key if entry.split == "experts" else part
 
     def _check_complete(self, units: Mapping[str, _Unit]) -> None:
         """Refuse a checkpoint that lacks a parameter of the engine: its loader would."""
-        sparse = {u.layer for u in units.values() if u.entry.split == "experts"}
         for entry in self.architecture.entries:
             for layer in range(self.layers) if "#" in entry.name else (None,):
                 name = entry.name.replace("#", str(layer))
-                if (entry.only and (entry.only == "sparse") != (layer in sparse)) or (
-                    self.tied and name == "model.embed_tokens"
-                ):
+                if self.tied and name == "model.embed_tokens":
                     continue
                 unit = units.get(name)
                 wanted = set(entry.parts) if entry.split != "experts" else set()
