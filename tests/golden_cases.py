@@ -31,13 +31,10 @@ def raw_tensors(path: Path) -> dict[str, Raw]:
     header = json.loads(data[8:start])
     header.pop("__metadata__", None)
     return {
-        name: Raw(e["dtype"], tuple(e["shape"]), data[start + e["data_offsets"][0] :][: _size(e)])
+        name: Raw(e["dtype"], tuple(e["shape"]), data[start + first : start + last])
         for name, e in header.items()
+        for first, last in [e["data_offsets"]]
     }
-
-
-def _size(entry: dict) -> int:
-    return entry["data_offsets"][1] - entry["data_offsets"][0]
 
 
 @cache
