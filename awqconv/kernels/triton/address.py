@@ -126,3 +126,88 @@ def codes(part: Part, linear: Linear) -> Codes:
     """How a kernel reads this part's codes."""
     layout = part.layout(linear)
     return Codes(side(layout, 0), side(layout, 1), part.xor)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The words of a tile [BN, BK] in the order of their addresses.
+
+    Word t lies at the sum over `digits`, flat (divisor, size, axis, step), of t // divisor % size
+    * step, times the stride of n (axis 1) or of k (axis 2). Put as `shape` and permuted by `axes`
+    the words are the tile, whose row r is the tile's word row with bit n_bits[i] of bit i of r,
+    and whose columns likewise.
+    """
+
+    digits: tuple[int, ...]
+    shape: tuple[int, ...]
+    axes: tuple[int, ...]
+    n_bits: tuple[int, ...]
+    k_bits: tuple[int, ...]
+
+
+def _bits(at: Line, rows: int) -> list[tuple[int, int, int]] | None:
+    """Of each bit of a row: its stride in words, and whether and how often that is `stride`."""
+    out = []
+    for bit in range(rows.bit_length() - 1):
+        index = 1 << bit
+        digits = zip(at.inner[0::3], at.inner[1::3], at.inner[2::3], strict=True)
+        found = [(s * (index // d), 0, s * (index // d)) for d, n, s in digits if d <= index < d * n]
+        out += found or [(at(index), 1, index // at.outer)]
+    return out
+
+
+@cache
+def order(own: Codes, BN: int, BK: int, deep: bool) -> Order | None:
+    """The order of addresses of a tile, or None where digits are no powers of two.
+
+    Bits of the address go to bits of row and column as mma.m16n8k16 holds a matrix: rows 8 apart
+    and columns 2 t, 2 t + 1 and 8 apart are one thread's, which then reads words that lie
+    together. `deep`: a thread also has rows BN / 2 apart.
+    """
+    for at in (own.n.word, own.k.word):
+        numbers = (*at.inner[0::3], *at.inner[1::3], at.outer)
+        if any(n & n - 1 for n in numbers):
+            return None
+    rows, columns = BN.bit_length() - 1, BK.bit_length() - 1
+    bits = sorted(
+        [(s, 1 if o else 0, m, "n", i) for i, (s, o, m) in enumerate(_bits(own.n.word, BN))]
+        + [(s, 2 if o else 0, m, "k", i) for i, (s, o, m) in enumerate(_bits(own.k.word, BK))]
+    )
+    free = {
+        "n": ([3, *([rows - 1] if deep and rows > 4 else [])], [0, 1, 2], list(range(3, rows))),
+        "k": ([0, 3], [1, 2], [0, *range(3, columns)]),
+    }
+    place: dict[tuple[str, int], int] = {}
+    for nth, (_, _, _, side, i) in enumerate(bits):
+        own_, lane, rest = free[side]
+        limit = rows if side == "n" else columns
+        pools = (own_, lane, rest) if nth < 2 else (lane, rest, own_)
+        taken = {at for (of, _), at in place.items() if of == side}
+        place[side, i] = next(at for pool in pools for at in pool if at not in taken and at < limit)
+    digits: list[list[int]] = []
+    for i, (_, axis, step, _, _) in enumerate(bits):
+        if digits and digits[-1][2] == axis and digits[-1][3] * digits[-1][1] == step:
+            digits[-1][1] *= 2
+        else:
+            digits.append([1 << i, 2, axis, step])
+    # Bit i of t, slowest first, and where it goes: rows before columns, slowest first.
+    ranks = [(0 if side == "n" else 1, -place[side, i]) for *_, side, i in reversed(bits)]
+    runs: list[list[int]] = []
+    for j in sorted(range(len(ranks)), key=lambda j: ranks[j]):
+        if runs and runs[-1][-1] + 1 == j:
+            runs[-1].append(j)
+        else:
+            runs.append([j])
+    if len(runs) > 8:
+        return None
+    starts = sorted(run[0] for run in runs)
+    pad = 8 - len(runs)
+    inverse = {side: {at: i for (of, i), at in place.items() if of == side} for side in "nk"}
+    return Order(
+        tuple(n for digit in digits for n in digit),
+        tuple(2 ** next(len(run) for run in runs if run[0] == start) for start in starts)
+        + (1,) * pad,
+        (*(starts.index(run[0]) for run in runs), *range(8 - pad, 8)),
+        tuple(inverse["n"][i] for i in range(rows)),
+        tuple(inverse["k"][i] for i in range(columns)),
+    )

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from awqconv.kernels.triton.address import Side
-from awqconv.kernels.triton.gemm import Plan, centred, decode, extraction, fetch, folds, place
+from awqconv.kernels.triton.gemm import Plan, centred, columns, decode, extraction, fetch, folds, place
 
 
 @triton.jit
@@ -56,21 +56,20 @@ def dequant_kernel(
     w = tl.load(words + at)
     column = tl.program_id(0) * (BN * JN) + tl.arange(0, BN * JN)[None, :]
     if len(order) > 0:
-        columns, offsets = tl.minimum(column, N - 1), (0,)
+        own, offsets = tl.minimum(column, N - 1), (0,)
     else:
-        columns, offsets = n, n_offset
+        own, offsets = n, n_offset
+    z_at, s_at = columns(own, zn_stride, sn_stride, zn, sn, z_form, offsets)
     if FOLD:
         group = tl.program_id(1) * (BK * len(k_shift)) // g
-        zs = fetch(zeros, scales, group, columns, zg_stride, zn_stride, sg_stride, sn_stride,
-                   zg, zn, z_form, sg, sn, offsets)  # fmt: skip
-        zs = decode(zs, group, columns, zg_stride, zn_stride, zg, zn, z_form, offsets)
+        zs = fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form)
+        zs = decode(zs, z_at, z_form)
     for jk in tl.static_range(len(k_shift)):
         row = k + k_offset[jk]
         if not FOLD:
             groups = (row // g)[:, None]
-            zs = fetch(zeros, scales, groups, columns, zg_stride, zn_stride, sg_stride, sn_stride,
-                       zg, zn, z_form, sg, sn, offsets)  # fmt: skip
-            zs = decode(zs, groups, columns, zg_stride, zn_stride, zg, zn, z_form, offsets)
+            zs = fetch(zeros, scales, groups, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form)
+            zs = decode(zs, z_at, z_form)
         target = out + row.to(tl.int64)[:, None] * N
         values = ()
         for jn in tl.static_range(JN):

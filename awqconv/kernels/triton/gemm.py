@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from awqconv.kernels.triton.address import Codes, Side, codes, line
+from awqconv.kernels.triton.address import Codes, Line, Order, Side, codes, line, order
 from awqconv.targets.base import Linear, Part
 
 
@@ -37,6 +37,30 @@ def place(index, stride, rule: tl.constexpr):
     for i in tl.static_range(1, len(rule), 3):
         at += index // rule[i] % rule[i + 1] * rule[i + 2]
     return at
+
+
+@triton.jit
+def start(tile, step: tl.constexpr, stride, rule: tl.constexpr):
+    """`place` of the scalar tile * step, where that is what `steady` says."""
+    if step % rule[0] == 0:
+        at = tile * (step // rule[0]) * stride
+    else:
+        at = tile * step // rule[0] * stride
+    for i in tl.static_range(1, len(rule), 3):
+        if step % (rule[i] * rule[i + 1]) != 0:
+            at += tile * step // rule[i] % rule[i + 1] * rule[i + 2]
+    return at
+
+
+@triton.jit
+def spread(index, bits: tl.constexpr):
+    """The number that has bit i of index as its bit bits[i]; index where there are no bits."""
+    out = index
+    if len(bits) > 0:
+        out = index * 0
+        for i in tl.static_range(len(bits)):
+            out += ((index >> i) & 1) << bits[i]
+    return out
 
 
 @triton.jit
@@ -59,6 +83,33 @@ def centred(
 
 
 @triton.jit
+def scaled(
+    words, shift: tl.constexpr, z, s, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
+):
+    """(q - z) * s of the code at bit `shift` of each word, rounded to fp16 or bf16 once.
+
+    z is less 8; s is rounded to dtype before.
+    """
+    if len(extract) == 0:
+        code = (((words >> shift) & 15) ^ xor) - 8
+        out = ((code.to(tl.float32) - z) * s).to(dtype)
+    else:
+        asm: tl.constexpr = extract[8 + shift // 4]
+        high: tl.constexpr = dtype == tl.float16 and shift % 8 != 0
+        base: tl.constexpr = 136 if dtype == tl.bfloat16 else 72 if high else 1032
+        less, s = (-base - z).to(dtype), s.to(dtype)
+        if dtype == tl.float16:
+            out = tl.inline_asm_elementwise(
+                asm, "=r,r,r,r,r", [words, less, s], tl.float16, True, 2
+            )
+        else:
+            out = tl.inline_asm_elementwise(
+                asm, "=r,r,r,r,r", [words, less, s], tl.bfloat16, True, 2
+            )
+    return out
+
+
+@triton.jit
 def multiply(a, b, acc, extract: tl.constexpr):
     """a @ b + acc. The interpreter, which has no `extract`, knows no product of bfloat16."""
     if len(extract) == 0:
@@ -70,45 +121,53 @@ def multiply(a, b, acc, extract: tl.constexpr):
 
 @cache
 def extraction(dtype: torch.dtype, xor: int) -> tuple[str, ...]:
-    """PTX of `centred`, a text for each nibble: 16 codes of two words in about 20 instructions.
+    """PTX of `centred`, a text for each nibble: 16 codes of two words in about 20 instructions;
+    then the same of `scaled`.
 
     The codes of both words at one nibble are or-ed into the mantissas of a pair of numbers, which
     then hold 1024 + q, or 1024 + 16 q for every second nibble (bfloat16: 128 + q).
     """
-    texts = []
+    plain, times = [], []
     for nibble in range(8):
         halves = "0x5410" if nibble < 4 else "0x7632"  # the lower or the upper half of both words
         shift, low = nibble % 4 * 4, 0
         if dtype == torch.float16:
             shift, low = nibble % 4 // 2 * 8, nibble % 2 * 4
         mask, magic = 15 << low, (0x4300 if dtype == torch.bfloat16 else 0x6400) ^ xor << low
-        texts.append(
+        text = (
             f"{{ .reg .b32 t, a, c; prmt.b32 t, $1, $2, {halves}; shr.u32 t, t, {shift}; "
             f"lop3.b32 t, t, {mask * 0x10001:#x}, {magic * 0x10001:#x}, 0x6a; "  # t & mask ^ magic
         )
         if dtype == torch.bfloat16:  # t * 1 - 136
-            one, less = "0x3f803f80", "0xc308c308"
-            texts[-1] += f"mov.b32 a, {one}; mov.b32 c, {less}; fma.rn.bf16x2 $0, t, a, c; }}"
+            text += "mov.b32 a, 0x3f803f80; "
+            add, less, times_s = "fma.rn.bf16x2", "t, a, c", "fma.rn.bf16x2 $0, t, $4, a"
+            constant, zero = "0xc308c308", "mov.b32 a, 0x80008000; "
         elif low:  # t / 16 - 72
-            scale, less = "0x2c002c00", "0xd480d480"
-            texts[-1] += f"mov.b32 a, {scale}; mov.b32 c, {less}; fma.rn.f16x2 $0, t, a, c; }}"
+            text += "mov.b32 a, 0x2c002c00; "
+            add, less, times_s = "fma.rn.f16x2", "t, a, c", "mul.f16x2 $0, t, $4"
+            constant, zero = "0xd480d480", ""
         else:  # t - 1032
-            texts[-1] += "mov.b32 c, 0xe408e408; add.f16x2 $0, t, c; }"
-    return tuple(texts)
+            add, less, times_s, constant, zero = (
+                "add.f16x2", "t, c", "mul.f16x2 $0, t, $4", "0xe408e408", ""
+            )  # fmt: skip
+        plain.append(f"{text}mov.b32 c, {constant}; {add} $0, {less}; }}")
+        times.append(f"{text}mov.b32 c, $3; {add} t, {less}; {zero}{times_s}; }}")
+    return (*plain, *times)
 
 
 @triton.jit
 def arrange_kernel(
     x, out, sums, M, k_words, k_index_stride, k_index: tl.constexpr, k_offset: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
+    k_bits: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] to out [M, chunks, jk, BK], zero beyond K, and its sums float32 [chunks, M]."""
     if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     JK: tl.constexpr = len(k_offset)
     chunk = tl.program_id(0)
     m = tl.program_id(1) * BM + tl.arange(0, BM)
-    row = chunk * BK + tl.arange(0, BK)
+    row = chunk * BK + spread(tl.arange(0, BK), k_bits)
     mask = (m < M)[:, None] & (row < k_words)[None, :]
     k = place(row, k_index_stride, k_index)
     x += m[:, None].to(tl.int64) * (k_words * JK) + k[None, :]
@@ -122,35 +181,44 @@ def arrange_kernel(
 
 
 @triton.jit
-def fetch(zeros, scales, group, n, zg_stride, zn_stride, sg_stride, sn_stride,
-          zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr,
-          sn: tl.constexpr, n_offset: tl.constexpr):  # fmt: skip
+def columns(n, zn_stride, sn_stride, zn: tl.constexpr, sn: tl.constexpr, z_form: tl.constexpr,
+            n_offset: tl.constexpr):  # fmt: skip
+    """Where zero points and scales of columns n lie, for every jn, in elements."""
+    z_at, s_at = (), ()
+    for jn in tl.static_range(len(n_offset)):
+        z_at += (place(n + n_offset[jn], zn_stride, zn),)
+        s_at += (place(n + n_offset[jn], sn_stride, sn),)
+    return z_at, s_at
+
+
+@triton.jit
+def fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg: tl.constexpr,
+          sg: tl.constexpr, z_form: tl.constexpr):  # fmt: skip
     """Zero points and scales as stored, of groups and columns, for every jn: z, s, z, s, ..."""
     z_group = place(group, zg_stride, zg)
     s_group = place(group, sg_stride, sg)
     out = ()
-    for jn in tl.static_range(len(n_offset)):
-        at = z_group + place(n + n_offset[jn], zn_stride, zn)
-        out += (tl.load(zeros + (at >> 1 if z_form[0] else at)),)
-        out += (tl.load(scales + s_group + place(n + n_offset[jn], sn_stride, sn)),)
+    for jn in tl.static_range(len(z_at)):
+        if z_form[0]:  # whole bytes from group to group
+            out += (tl.load(zeros + ((z_at[jn] >> 1) + (z_group >> 1))),)
+        else:
+            out += (tl.load(zeros + (z_at[jn] + z_group)),)
+        out += (tl.load(scales + (s_at[jn] + s_group)),)
     return out
 
 
 @triton.jit
-def decode(stored, group, n, zg_stride, zn_stride, zg: tl.constexpr, zn: tl.constexpr,
-           z_form: tl.constexpr, n_offset: tl.constexpr):  # fmt: skip
+def decode(stored, z_at, z_form: tl.constexpr):
     """What `fetch` returned as float32, zero points less 8.
 
     `z_form`: (coded, xor, 0), each zero point in the nibble of its position, else
     (not coded, sign, offset).
     """
-    z_group = place(group, zg_stride, zg)
     out = ()
-    for jn in tl.static_range(len(n_offset)):
+    for jn in tl.static_range(len(z_at)):
         z = stored[2 * jn]
         if z_form[0]:
-            at = z_group + place(n + n_offset[jn], zn_stride, zn)
-            z = (((z.to(tl.int32) >> ((at & 1) * 4)) & 15) ^ z_form[1]).to(tl.float32)
+            z = (((z.to(tl.int32) >> ((z_at[jn] & 1) * 4)) & 15) ^ z_form[1]).to(tl.float32)
         else:
             z = (z.to(tl.float32) - z_form[2]) * z_form[1]
         out += (z - 8, stored[2 * jn + 1].to(tl.float32))
@@ -167,9 +235,11 @@ def gemm_kernel(
     k_word: tl.constexpr, k_index: tl.constexpr, k_shift: tl.constexpr, k_offset: tl.constexpr,
     n_word: tl.constexpr, n_index: tl.constexpr, n_shift: tl.constexpr, n_offset: tl.constexpr,
     zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr, sn: tl.constexpr,
-    xor: tl.constexpr, extract: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    xor: tl.constexpr, extract: tl.constexpr, digits: tl.constexpr, shape: tl.constexpr,
+    axes: tl.constexpr, n_bits: tl.constexpr, k_bits: tl.constexpr,
+    BM: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SUMS: tl.constexpr, FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    STEADY: tl.constexpr, AHEAD: tl.constexpr,
     GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -178,18 +248,19 @@ def gemm_kernel(
     x [M, chunks, jk, BK] and its sums [chunks, M] as `arrange_kernel` leaves them. Each constexpr
     line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is int32
     [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
+    FOLD: a chunk lies in one group. SUMS: then scale the fp32 sums, not the weights.
     """
-    if CHAIN:
-        tl.extra.cuda.gdc_wait()
     JK: tl.constexpr = len(k_shift)
     JN: tl.constexpr = len(n_shift)
-    AHEAD: tl.constexpr = FOLD and JN <= 2 and BM <= 16
+    WIDE: tl.constexpr = BM * SLOTS
     dtype: tl.constexpr = x.dtype.element_ty
     chunks = tl.cdiv(k_words, BK)
     row_blocks = jobs // tl.cdiv(n_words, BN)
-    start = tl.program_id(0) * per
-    stop = tl.minimum(start + per, jobs * chunks)
-    for job in range(start // chunks, tl.cdiv(stop, chunks)):
+    begin = tl.program_id(0) * per
+    stop = tl.minimum(begin + per, jobs * chunks)
+    if CHAIN:
+        tl.extra.cuda.gdc_wait()
+    for job in range(begin // chunks, tl.cdiv(stop, chunks)):
         row, end = job % row_blocks * BM, M
         words_job, zeros_job, scales_job = words, zeros, scales
         if GROUPED:
@@ -199,79 +270,142 @@ def gemm_kernel(
             words_job += expert * words_expert
             zeros_job += expert * zeros_expert
             scales_job += expert * scales_expert
-        m = row + tl.arange(0, BM)
-        m_in = m < end
-        n_row = job // row_blocks * BN + tl.arange(0, BN)
+        # Column c of a product is row c % BM of x, of the chunk of slot c // BM.
+        column = tl.arange(0, WIDE)
+        slot = column // BM
+        column = row + column % BM
+        column_in = column < end
+        n_first = job // row_blocks * BN
+        n_row = n_first + spread(tl.arange(0, BN), n_bits)
         n_in = n_row < n_words
         n_row_in = n_row if EVEN_N else tl.minimum(n_row, n_words - 1)
         n = place(n_row_in, n_index_stride, n_index)
         words_n = words_job + place(n_row_in, n_word_stride, n_word)[:, None]
-        x_rows = x + m[None, :].to(tl.int64) * (chunks * JK * BK) + tl.arange(0, BK)[:, None]
+        k_tile = spread(tl.arange(0, BK), k_bits)
+        if len(digits) > 0:
+            t = tl.arange(0, BN * BK)
+            words_tile = words_job + start(job // row_blocks, BN, n_word_stride, n_word)
+            for i in tl.static_range(0, len(digits), 4):
+                digit = t // digits[i] % digits[i + 1] * digits[i + 3]
+                if digits[i + 2] == 1:
+                    digit *= n_word_stride
+                elif digits[i + 2] == 2:
+                    digit *= k_word_stride
+                words_tile += digit
+        else:
+            words_tile = words_n + place(k_tile, k_word_stride, k_word)[None, :]
+        x_rows = x + column[None, :].to(tl.int64) * (chunks * JK * BK)
+        x_rows += tl.arange(0, BK)[:, None]
 
-        acc = ()
-        for _ in tl.static_range(JN):
-            acc += (tl.zeros((BN, BM), tl.float32),)
-        first = tl.maximum(start, job * chunks) - job * chunks
+        first = tl.maximum(begin, job * chunks) - job * chunks
         last = tl.minimum(stop, (job + 1) * chunks) - job * chunks
+        acc, parts = (), ()
+        for _ in tl.static_range(JN):
+            acc += (tl.zeros((BN, WIDE), tl.float32),)
+        for _ in tl.static_range(JN if SLOTS > 1 else 0):
+            parts += (tl.zeros((BN, WIDE), tl.float32),)
+        z_at, s_at = columns(n, zn_stride, sn_stride, zn, sn, z_form, n_offset)
         if AHEAD:
-            stored = fetch(zeros_job, scales_job, first * (BK * JK) // g, n, zg_stride, zn_stride,
-                           sg_stride, sn_stride, zg, zn, z_form, sg, sn, n_offset)  # fmt: skip
+            stored = fetch(zeros_job, scales_job, first * (BK * JK) // g, z_at, s_at,
+                           zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
         for chunk in tl.range(first, last, num_stages=STAGES):
-            k_row = chunk * BK + tl.arange(0, BK)
-            k_row = k_row if EVEN_K else tl.minimum(k_row, k_words - 1)
-            w = tl.load(words_n + place(k_row, k_word_stride, k_word)[None, :])
-            if FOLD:
-                parts = ()
-                for _ in tl.static_range(JN):
-                    parts += (tl.zeros((BN, BM), tl.float32),)
-                total = tl.load(sums + chunk * M + m, m_in, other=0.0)[None, :]
-                # Few columns a thread: fetch the next chunk's numbers while this one is multiplied.
+            k_row = chunk * BK + k_tile
+            if STEADY:
+                at = words_tile + start(chunk, BK, k_word_stride, k_word)
+            else:
+                at = tl.minimum(k_row, k_words - 1)
+                at = words_n + place(at, k_word_stride, k_word)[None, :]
+            w = tl.load(at) if EVEN_K else tl.load(at, (k_row < k_words)[None, :], other=0)
+            if len(digits) > 0:
+                w = tl.reshape(w, shape)
+                w = tl.permute(
+                    w, axes[0], axes[1], axes[2], axes[3], axes[4], axes[5], axes[6], axes[7]
+                )
+                w = tl.reshape(w, (BN, BK))
+            x_in = column_in
+            if SLOTS > 1:
+                x_in = column_in & (slot == (chunk - first) % SLOTS)
+            if FOLD and SLOTS == 1:
+                # Fetch the next chunk's numbers while this one is multiplied.
                 ahead = tl.minimum(chunk + 1, last - 1) if AHEAD else chunk
-                after = fetch(zeros_job, scales_job, ahead * (BK * JK) // g, n, zg_stride,
-                              zn_stride, sg_stride, sn_stride, zg, zn, z_form, sg, sn,
-                              n_offset)  # fmt: skip
-                zs = decode(stored if AHEAD else after, chunk * (BK * JK) // g, n, zg_stride,
-                            zn_stride, zg, zn, z_form, n_offset)  # fmt: skip
-            else:
-                parts = acc
-            for jk in tl.static_range(JK):
-                xt = tl.load(x_rows + (chunk * JK + jk) * BK, m_in[None, :], other=0.0)
-                if not FOLD:
-                    group = (place(k_row, k_index_stride, k_index) + k_offset[jk]) // g
-                    zs = fetch(zeros_job, scales_job, group[None, :], n[:, None], zg_stride,
-                               zn_stride, sg_stride, sn_stride, zg, zn, z_form, sg, sn,
-                               n_offset)  # fmt: skip
-                    zs = decode(zs, group[None, :], n[:, None], zg_stride, zn_stride, zg, zn,
-                                z_form, n_offset)  # fmt: skip
+                after = fetch(zeros_job, scales_job, ahead * (BK * JK) // g, z_at, s_at,
+                              zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
+                zs = decode(stored if AHEAD else after, z_at, z_form)
+            if SUMS and SLOTS == 1:
                 products = ()
-                for jn in tl.static_range(JN):
-                    weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
-                    if not FOLD:
-                        z, s = zs[2 * jn], zs[2 * jn + 1]
-                        weight = ((weight.to(tl.float32) - z) * s).to(dtype)
-                    products += (multiply(weight, xt, parts[jn], extract),)
-                parts = products
-            if FOLD:
-                scaled = ()
-                for jn in tl.static_range(JN):
-                    part = parts[jn] - zs[2 * jn][:, None] * total
-                    scaled += (acc[jn] + part * zs[2 * jn + 1][:, None],)
-                acc = scaled
-                if AHEAD:
-                    stored = after
+                for _ in tl.static_range(JN):
+                    products += (tl.zeros((BN, WIDE), tl.float32),)
+                total = tl.load(sums + chunk * M + column, column_in, other=0.0)[None, :]
+            elif SUMS:
+                products = parts
             else:
-                acc = parts
+                products = acc
+            for jk in tl.static_range(JK):
+                xt = tl.load(x_rows + (chunk * JK + jk) * BK, x_in[None, :], other=0.0)
+                if not FOLD:
+                    group = place(tl.minimum(k_row, k_words - 1), k_index_stride, k_index)
+                    group = ((group + k_offset[jk]) // g)[None, :]
+                    z2_at, s2_at = columns(n[:, None], zn_stride, sn_stride, zn, sn, z_form,
+                                           n_offset)  # fmt: skip
+                    zs = fetch(zeros_job, scales_job, group, z2_at, s2_at,
+                               zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
+                    zs = decode(zs, z2_at, z_form)
+                added = ()
+                for jn in tl.static_range(JN):
+                    if SUMS:
+                        weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                    else:
+                        z, s = zs[2 * jn], zs[2 * jn + 1]
+                        if FOLD:
+                            z, s = z[:, None], s[:, None]
+                        weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, xor, extract, dtype)
+                    added += (multiply(weight, xt, products[jn], extract),)
+                products = added
+            if not SUMS:
+                acc = products
+            elif SLOTS == 1:
+                finished = ()
+                for jn in tl.static_range(JN):
+                    part = products[jn] - zs[2 * jn][:, None] * total
+                    finished += (acc[jn] + part * zs[2 * jn + 1][:, None],)
+                acc = finished
+            else:
+                parts = products
+                if ((chunk - first) % SLOTS == SLOTS - 1) | (chunk == last - 1):
+                    own = chunk - (chunk - first) % SLOTS + slot
+                    own_in = column_in & (own <= chunk)
+                    own = tl.minimum(own, chunk)
+                    total = tl.load(sums + own * M + column, own_in, other=0.0)[None, :]
+                    z2_at, s2_at = columns(n[:, None], zn_stride, sn_stride, zn, sn, z_form,
+                                           n_offset)  # fmt: skip
+                    zs = fetch(zeros_job, scales_job, (own * (BK * JK) // g)[None, :], z2_at,
+                               s2_at, zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
+                    zs = decode(zs, z2_at, z_form)
+                    finished, parts = (), ()
+                    for jn in tl.static_range(JN):
+                        part = products[jn] - zs[2 * jn] * total
+                        finished += (acc[jn] + part * zs[2 * jn + 1],)
+                        parts += (tl.zeros((BN, WIDE), tl.float32),)
+                    acc = finished
+            if AHEAD:
+                stored = after
 
+        if SLOTS > 1:
+            whole = ()
+            for jn in tl.static_range(JN):
+                whole += (tl.sum(tl.reshape(acc[jn], (BN, SLOTS, BM)), 1),)
+            acc = whole
+        m = row + tl.arange(0, BM)
         # Programs that share this job: the one that starts it, and each multiple of `per` inside.
         before = job * chunks // per
         sharers = (job * chunks + chunks - 1) // per - before + 1
-        mask = n_in[:, None] & m_in[None, :]
+        mask = n_in[:, None] & (m < end)[None, :]
         if SPLIT:
             if sharers == 1:
                 finish(acc, y, bias, m, n, mask, N, n_offset, BIAS)
             else:
                 # Parts lie [sharer, m, jn, word row]: the order of acc, whatever the order of n.
-                part = partial + m[None, :].to(tl.int64) * N + n_row[:, None]
+                part = partial + m[None, :].to(tl.int64) * N + (n_first + tl.arange(0, BN))[:, None]
                 own = part + (tl.program_id(0) - before).to(tl.int64) * M * N
                 for jn in tl.static_range(JN):
                     tl.store(own + jn * n_words, acc[jn], mask)
@@ -323,6 +457,10 @@ class Tile:
     stages: int
     programs: int  # that the work is divided into
     registers: int | None = None  # of a thread, at most
+    slots: int = 1  # chunks whose sums a product keeps apart, in columns of their own
+    sums: bool = True  # scale the sums, not the weights
+    ahead: bool = True
+    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -379,6 +517,15 @@ def folds(side: Side, BK: int, g: int) -> bool:
     return whole and g % span == 0 and last < span
 
 
+def steady(at: Line, step: int) -> bool:
+    """Whether the offset of every multiple of `step` plus less than it is the sum of both's."""
+    digits = [(d, d * n) for d, n in zip(at.inner[0::3], at.inner[1::3], strict=True)]
+    return all(
+        low % step == 0 or (step % low == 0 and (high % step == 0 or step % high == 0))
+        for low, high in [*digits, (at.outer, step * at.outer)]
+    )
+
+
 @cache
 def _counters(device: torch.device, stream: int) -> torch.Tensor:
     """Arrivals at each shared job; a launch leaves them zero, so those of a stream share one."""
@@ -432,14 +579,22 @@ def launch(
     chunks = triton.cdiv(k.words, tile.BK)
     span = tile.BK * len(k.offset)
     arranged = torch.empty(M, chunks * span, dtype=x.dtype, device=device)
-    sums = torch.empty(chunks, M, dtype=torch.float32, device=device)
+    totals = torch.empty(chunks, M, dtype=torch.float32, device=device)
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     chain = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     k_index = {name: own.constants[name] for name in ("k_index", "k_offset")}
+    pdl = {"launch_pdl": True} if chain else {}
+    even_k, even_n = k.words % tile.BK == 0, n.words % tile.BN == 0
+    by_address = None
+    if tile.flat and even_k and even_n and steady(n.word, tile.BN) and steady(k.word, tile.BK):
+        by_address = order(own.codes, tile.BN, tile.BK, tile.BN > 16 * tile.warps)
+    by_address = by_address or Order((), (), (), (), ())
     arrange_kernel[(chunks, triton.cdiv(M, 4))](
-        x.contiguous(), arranged, sums, M, k.words, own.strides["k_index_stride"], **k_index,
-        BM=4, BK=tile.BK, CHAIN=chain,
+        x.contiguous(), arranged, totals, M, k.words, own.strides["k_index_stride"], **k_index,
+        k_bits=by_address.k_bits, BM=4, BK=tile.BK, CHAIN=chain, **pdl,
     )  # fmt: skip
+    fold = folds(k, tile.BK, own.linear.g)
+    sums = fold and tile.sums
     jobs = triton.cdiv(n.words, tile.BN)
     jobs *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
     per = triton.cdiv(jobs * chunks, tile.programs)
@@ -454,16 +609,17 @@ def launch(
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         counters = _counters(device, stream)
     gemm_kernel[(triton.cdiv(jobs * chunks, per),)](
-        arranged, sums, words, zeros, scales, y if bias is None else bias, y, partial, counters,
+        arranged, totals, words, zeros, scales, y if bias is None else bias, y, partial, counters,
         y if blocks is None else blocks,
         M, N, k.words, n.words, own.linear.g, jobs, per,
         words.stride(0), zeros.stride(0), scales.stride(0), **own.strides, **own.constants,
         extract=extraction(x.dtype, own.q.xor) if nvidia else (),
-        BM=tile.BM, BN=tile.BN, BK=tile.BK, FOLD=folds(k, tile.BK, own.linear.g),
-        EVEN_K=k.words % tile.BK == 0, EVEN_N=n.words % tile.BN == 0,
+        BM=tile.BM, SLOTS=tile.slots if sums else 1, BN=tile.BN, BK=tile.BK, SUMS=sums, FOLD=fold,
+        digits=by_address.digits, shape=by_address.shape, axes=by_address.axes,
+        n_bits=by_address.n_bits, k_bits=by_address.k_bits, EVEN_K=even_k, EVEN_N=even_n,
+        STEADY=steady(k.word, tile.BK), AHEAD=fold and tile.ahead and not (sums and tile.slots > 1),
         GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
         STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
-        **({"launch_pdl": True} if chain else {}),
-        **({"maxnreg": tile.registers} if tile.registers else {}),
+        **pdl, **({"maxnreg": tile.registers} if tile.registers else {}),
     )  # fmt: skip
     return y
