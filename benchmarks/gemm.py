@@ -4,7 +4,8 @@
 
 Every layout, g = 128. Latency: one CUDA graph over calls on different weights and activations,
 more of them than the L2 holds, timed by events; medians. cuBLAS is timed in the same run on fp16
-weights of the same shape. `--check` stops after one small call of every kernel (for
+weights of the same shape, and so is SGLang's CUDA Marlin (sglang.jit_kernel.gptq_marlin) where it
+can be imported, once its result is ours. `--check` stops after one small call of every kernel (for
 compute-sanitizer).
 """
 
@@ -13,9 +14,11 @@ compute-sanitizer).
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +32,7 @@ from awqconv.repack import layouts
 from awqconv.targets import Linear, Part, Target, layout
 
 SHAPES = [(4096, 6144), (4096, 28672), (14336, 4096), (8192, 8192)]
-ROWS = (1, 16, 64, 256, 1024)
+ROWS = (1, 16, 64, 256, 1024, 4096)
 # Microseconds of the CUDA Marlin kernel on an H200, and of cuBLAS beside it, measured earlier, by
 # events around each call and not in a graph.
 MARLIN = {
@@ -133,12 +136,55 @@ def time_dense(K: int, N: int) -> list[float]:
     return out
 
 
-def time_layout(target: Target, K: int, N: int) -> list[float]:
+def cuda_marlin() -> Callable[[torch.Tensor, dict[str, torch.Tensor], Linear], torch.Tensor] | None:
+    """SGLang's GEMM as its awq_marlin layers call it, or None where it is not installed."""
+    try:
+        from sgl_kernel.scalar_type import scalar_types
+        from sglang.jit_kernel.gptq_marlin import gptq_marlin_gemm
+    except ImportError:
+        return None
+    count = torch.cuda.get_device_properties().multi_processor_count
+    workspace = torch.zeros(count, dtype=torch.int32, device="cuda")
+    none = torch.empty(0, dtype=torch.int32, device="cuda")
+
+    def call(x: torch.Tensor, packed: dict[str, torch.Tensor], linear: Linear) -> torch.Tensor:
+        return gptq_marlin_gemm(
+            a=x, c=None, b_q_weight=packed["qweight"], b_scales=packed["scales"],
+            global_scale=None, b_zeros=packed["qzeros"], g_idx=none, perm=none,
+            workspace=workspace, b_q_type=scalar_types.uint4, size_m=len(x), size_n=linear.N,
+            size_k=linear.K, is_k_full=True, use_atomic_add=False, use_fp32_reduce=True,
+            is_zp_float=False,
+        )  # fmt: skip
+
+    return call
+
+
+def time_peer(K: int, N: int) -> list[float]:
+    """Microseconds of CUDA Marlin for each M, nothing if it is not there."""
+    peer, linear = cuda_marlin(), Linear(K, N, 128)
+    if peer is None:
+        return []
+    target, out = layout("marlin"), []
+    modules = [random_module(target, linear, "cuda") for _ in range(copies(K * N // 2))]
+    for M in ROWS:
+        some = modules if M <= 64 else modules[:4]
+        xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in some]
+        ours = gemm(xs[0], some[0], target, linear).double()
+        if error(peer(xs[0], some[0], linear), ours) > 1e-3:
+            raise SystemExit(f"CUDA Marlin differs from ours at M {M}")
+        calls = [lambda x=x, p=p: peer(x, p, linear) for x, p in zip(xs, some, strict=True)]
+        out.append(latency(calls) * 1e6)
+    return out
+
+
+def time_layout(
+    target: Target, K: int, N: int, g: int = 128, rows: tuple[int, ...] = ROWS
+) -> list[float]:
     """Microseconds of `gemm` for each M, then of `dequantize`."""
-    linear = Linear(K, N, 128)
+    linear = Linear(K, N, g)
     modules = [random_module(target, linear, "cuda") for _ in range(copies(K * N // 2))]
     out = []
-    for M in ROWS:
+    for M in rows:
         some = modules if M <= 64 else modules[:4]
         xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in some]
         calls = [lambda x=x, p=p: gemm(x, p, target, linear) for x, p in zip(xs, some, strict=True)]
@@ -153,8 +199,14 @@ def copy_bandwidth() -> float:
     return 8 * a.numel() / latency([lambda: torch.neg(a, out=b)])
 
 
-def ratio(value: float, base: float) -> str:
-    return f"{value:.1f} ({value / base:.2f})"
+def ratio(value: float, base: float | None) -> str:
+    return f"{value:.1f} ({value / base:.2f})" if base else f"{value:.1f}"
+
+
+def row(name: str, values: Sequence[float], bases: Sequence[float] = ()) -> str:
+    """A line of a table, each value with its ratio to a base where there is one."""
+    cells = [ratio(v, b) for v, b in itertools.zip_longest(values, bases[: len(values)])]
+    return f"| {name} | {' | '.join(cells)} |" + " |" * (len(ROWS) + 1 - len(values))
 
 
 def report(errors: list[str], command: str) -> str:
@@ -173,39 +225,53 @@ def report(errors: list[str], command: str) -> str:
         "",
     ]
     for K, N in SHAPES:
-        dense = time_dense(K, N)
+        dense, peer = time_dense(K, N), time_peer(K, N)
         marlin: list[float] = []
         lines += [
             f"## K {K}, N {N}",
             "",
             f"| | {' | '.join(heads)} | dequantize |",
-            "|---" * 7 + "|",
+            "|---" * (len(heads) + 2) + "|",
+            row("CUDA Marlin, quoted", MARLIN[K, N]),
+            *([row("CUDA Marlin, this run", peer, MARLIN[K, N])] if peer else []),
+            row("cuBLAS, quoted", CUBLAS[K, N]),
+            row("cuBLAS, this run", dense),
         ]
-        quoted = " | ".join(f"{value:.1f}" for value in MARLIN[K, N])
-        lines.append(f"| CUDA Marlin, quoted | {quoted} | |")
-        lines.append(f"| cuBLAS, quoted | {' | '.join(f'{v:.1f}' for v in CUBLAS[K, N])} | |")
-        lines.append(f"| cuBLAS, this run | {' | '.join(f'{value:.1f}' for value in dense)} | |")
         for target in TARGETS:
             *times, plain = time_layout(target, K, N)
-            marlin = marlin or times
             parts = target.parts(Linear(K, N, 128))
             nbytes = sum(part.nbytes(Linear(K, N, 128)) for part in parts)
             floor, pass_floor = (n / bandwidth * 1e6 for n in (nbytes, nbytes + 2 * K * N))
-            cells = [ratio(t, q) for t, q in zip(times, MARLIN[K, N], strict=True)]
-            lines.append(
-                f"| {target.name} | {' | '.join(cells)} | {plain:.1f} ({plain / pass_floor:.2f}) |"
-            )
+            lines.append(row(target.name, [*times, plain], [*MARLIN[K, N], None, pass_floor]))
             if target.name == "marlin":
-                extra = [ratio(t, d + pass_floor) for t, d in zip(times, dense, strict=True)]
-                lines.append(f"| marlin / (cuBLAS + floor of one pass) | {' | '.join(extra)} | |")
-                lines.append(
-                    f"| floor / marlin | {' | '.join(f'{floor / t:.0%}' for t in times)} | |"
-                )
+                marlin = times
+                if peer:
+                    lines.append(row("marlin / CUDA Marlin, this run", times, peer))
+                extra = [d + pass_floor for d in dense]
+                lines.append(row("marlin / (cuBLAS + floor of one pass)", times, extra))
+                lines.append(row("marlin / cuBLAS", times, dense))
+                shares = " | ".join(f"{floor / t:.0%}" for t in times)
+                lines.append(f"| floor / marlin | {shares} | |")
+            else:
+                lines.append(row(f"{target.name} / marlin", times, marlin))
         lines.append("")
-        print("\n".join(lines[-len(TARGETS) - 9 :]), flush=True)
+        print("\n".join(lines[lines.index(f"## K {K}, N {N}") :]), flush=True)
     lines += [
-        "In brackets: over the quoted Marlin time; for dequantize, over its floor (packed read once,",
-        "w written once).",
+        "## Groups of 32",
+        "",
+        "Chunks of words of these layouts reach over several such groups: each weight is scaled.",
+        "",
+        f"| | {' | '.join(heads[:3])} |",
+        "|---" * 4 + "|",
+    ]
+    for name in ("marlin", "compressed-tensors"):
+        times = time_layout(layout(name), 8192, 8192, 32, ROWS[:3])[:3]
+        cells = " | ".join(f"{t:.1f}" for t in times)
+        lines.append(f"| {name}, K 8192, N 8192 | {cells} |")
+    lines += [
+        "",
+        "In brackets: over the quoted Marlin time, or what the row names; for dequantize, over its",
+        "floor (packed read once, w written once).",
         "",
         "## Relative Frobenius error against float64",
         "",

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from awqconv.errors import AwqconvError
 from awqconv.kernels.triton import dequantize, gemm, grouped_gemm
-from awqconv.kernels.triton.address import codes
+from awqconv.kernels.triton.address import codes, order
 from awqconv.repack import layouts
 from awqconv.repack.axes import Pattern
 from awqconv.repack.floats import from_float32
@@ -145,6 +145,8 @@ def test_dequantize_rounds_once(name: str, shape: tuple[int, int, int], scales: 
 
 CASES = [(1, shape, "F16") for shape in SHAPES] + [
     (19, SHAPES[0], "F16"),
+    (3, SHAPES[0], "F16"),
+    (70, (512, 256, 128), "F16"),
     (5, SHAPES[0], "BF16"),
     (5, SHAPES[2], "BF16"),
 ]
@@ -217,3 +219,27 @@ def test_words_must_divide() -> None:
     linear = Linear(12, 64, 12)
     with pytest.raises(AwqconvError, match="straddles 32-bit words"):
         codes(TARGETS["moe_wna16"].parts(linear)[0], linear)
+
+
+@pytest.mark.parametrize(("BN", "BK"), [(16, 32), (32, 16), (64, 32)])
+@pytest.mark.parametrize("name", [name for name in TARGETS if name != "gemv_fast"])
+def test_order_of_addresses(name: str, BN: int, BK: int) -> None:
+    """A tile loaded word after word and permuted has each word where its row and column say."""
+    linear = Linear(512, 512, 128)
+    own = codes(TARGETS[name].parts(linear)[0], linear)
+    found = order(own, BN, BK, deep=True)
+    if found is None:
+        pytest.skip("more than eight runs of bits")
+    t, strides = np.arange(BN * BK), (1, own.n.word.stride, own.k.word.stride)
+    digits = [found.digits[i : i + 4] for i in range(0, len(found.digits), 4)]
+    at = sum(t // d % size * step * strides[axis] for d, size, axis, step in digits)
+    assert (np.diff(at) > 0).all()  # in order
+    tile = np.asarray(at).reshape(found.shape).transpose(found.axes).reshape(BN, BK)
+    for sides, bits, rows in ((own.n, found.n_bits, BN), (own.k, found.k_bits, BK)):
+        assert sorted(bits) == list(range(rows.bit_length() - 1)), sides
+    rows, columns = (
+        [sum((r >> i & 1) << bit for i, bit in enumerate(bits)) for r in range(count)]
+        for bits, count in ((found.n_bits, BN), (found.k_bits, BK))
+    )
+    want = [[own.n.word(n) + own.k.word(k) for k in columns] for n in rows]
+    np.testing.assert_array_equal(tile, want)

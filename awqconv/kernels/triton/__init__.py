@@ -100,7 +100,7 @@ def grouped_gemm(
     _rows(x, linear)
     own = _checked(packed, target, linear, experts=True)
     E, M = len(offsets) - 1, len(x)
-    tile = choose(own.codes, triton.cdiv(M, E), linear.g)
+    tile = choose(own.codes, triton.cdiv(M, E), linear.g, slots=False)
     # Expert e has ceil(rows / BM) tiles; their number is bounded by M // BM + E.
     starts, ends = offsets[:-1].long(), offsets[1:].long()
     counts = (ends - starts + tile.BM - 1) // tile.BM

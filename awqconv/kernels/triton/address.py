@@ -145,13 +145,15 @@ class Order:
     k_bits: tuple[int, ...]
 
 
-def _bits(at: Line, rows: int) -> list[tuple[int, int, int]] | None:
+def _bits(at: Line, rows: int) -> list[tuple[int, int, int]]:
     """Of each bit of a row: its stride in words, and whether and how often that is `stride`."""
     out = []
     for bit in range(rows.bit_length() - 1):
         index = 1 << bit
         digits = zip(at.inner[0::3], at.inner[1::3], at.inner[2::3], strict=True)
-        found = [(s * (index // d), 0, s * (index // d)) for d, n, s in digits if d <= index < d * n]
+        found = [
+            (s * (index // d), 0, s * (index // d)) for d, n, s in digits if d <= index < d * n
+        ]
         out += found or [(at(index), 1, index // at.outer)]
     return out
 

@@ -19,7 +19,16 @@ import triton
 import triton.language as tl
 
 from awqconv.kernels.triton.address import Side
-from awqconv.kernels.triton.gemm import Plan, centred, columns, decode, extraction, fetch, folds, place
+from awqconv.kernels.triton.gemm import (
+    Plan,
+    centred,
+    columns,
+    decode,
+    extraction,
+    fetch,
+    folds,
+    place,
+)
 
 
 @triton.jit
@@ -62,14 +71,16 @@ def dequant_kernel(
     z_at, s_at = columns(own, zn_stride, sn_stride, zn, sn, z_form, offsets)
     if FOLD:
         group = tl.program_id(1) * (BK * len(k_shift)) // g
-        zs = fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form)
-        zs = decode(zs, z_at, z_form)
+        zs = fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form, (1, 0))
+        zs = decode(zs, z_at, z_form, (1, 0))
     for jk in tl.static_range(len(k_shift)):
         row = k + k_offset[jk]
         if not FOLD:
             groups = (row // g)[:, None]
-            zs = fetch(zeros, scales, groups, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form)
-            zs = decode(zs, z_at, z_form)
+            zs = fetch(
+                zeros, scales, groups, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form, (1, 0)
+            )
+            zs = decode(zs, z_at, z_form, (1, 0))
         target = out + row.to(tl.int64)[:, None] * N
         values = ()
         for jn in tl.static_range(JN):
@@ -128,7 +139,8 @@ def launch(
     # Two words to an instruction, so two to a thread, of numbers that have 16 bits.
     paired = dtype in (torch.float16, torch.bfloat16) and BN * BK >= 256
     nvidia = paired and words.device.type == "cuda" and torch.version.cuda is not None
-    constants: dict[str, Any] = dict(own.constants)
+    constants: dict[str, Any] = {k: v for k, v in own.constants.items() if k != "s_form"}
+    constants["z_form"] = (*own.constants["z_form"][:3], 1, 0)  # a load for each column
     dequant_kernel[(triton.cdiv(n.words, BN), triton.cdiv(k.words, BK), E)](
         words, zeros, scales, out, linear.K, linear.N, k.words, n.words, linear.g,
         words.stride(0), zeros.stride(0), scales.stride(0), **own.strides, **constants,

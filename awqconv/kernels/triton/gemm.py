@@ -110,6 +110,28 @@ def scaled(
 
 
 @triton.jit
+def beside(tiles):
+    """One, two, four or eight matrices [BN, BK] as one [BN, number * BK]."""
+    BN: tl.constexpr = tiles[0].shape[0]
+    BK: tl.constexpr = tiles[0].shape[1]
+    number: tl.constexpr = len(tiles)
+    for halving in tl.static_range(1, 4):
+        if number >> halving > 0:
+            pairs = ()
+            for i in tl.static_range(number >> halving):
+                pairs += (tl.join(tiles[i], tiles[i + (number >> halving)]),)
+            tiles = pairs
+    out = tiles[0]
+    if number == 2:
+        out = tl.permute(out, 0, 2, 1)
+    elif number == 4:
+        out = tl.permute(out, 0, 2, 3, 1)
+    elif number == 8:
+        out = tl.permute(out, 0, 2, 3, 4, 1)
+    return tl.reshape(out, (BN, number * BK))
+
+
+@triton.jit
 def multiply(a, b, acc, extract: tl.constexpr):
     """a @ b + acc. The interpreter, which has no `extract`, knows no product of bfloat16."""
     if len(extract) == 0:
@@ -193,35 +215,63 @@ def columns(n, zn_stride, sn_stride, zn: tl.constexpr, sn: tl.constexpr, z_form:
 
 @triton.jit
 def fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg: tl.constexpr,
-          sg: tl.constexpr, z_form: tl.constexpr):  # fmt: skip
-    """Zero points and scales as stored, of groups and columns, for every jn: z, s, z, s, ..."""
+          sg: tl.constexpr, z_form: tl.constexpr, s_form: tl.constexpr):  # fmt: skip
+    """Zero points and scales as stored, of groups and columns, for every jn: z, s, z, s, ...
+
+    Several columns that lie in one 32-bit word (see `gathered`) are one load.
+    """
     z_group = place(group, zg_stride, zg)
     s_group = place(group, sg_stride, sg)
+    z_step: tl.constexpr = z_form[3]
+    s_step: tl.constexpr = s_form[0]
     out = ()
     for jn in tl.static_range(len(z_at)):
-        if z_form[0]:  # whole bytes from group to group
+        if jn % z_step != 0:
+            out += (out[2 * (jn - jn % z_step)],)
+        elif z_form[0] and z_step > 1:  # whole words from group to group
+            out += (tl.load(zeros + ((z_at[jn] >> 3) + (z_group >> 3))),)
+        elif z_form[0] or z_step > 1:  # whole bytes
             out += (tl.load(zeros + ((z_at[jn] >> 1) + (z_group >> 1))),)
         else:
             out += (tl.load(zeros + (z_at[jn] + z_group)),)
-        out += (tl.load(scales + (s_at[jn] + s_group)),)
+        if jn % s_step != 0:
+            out += (out[2 * (jn - jn % s_step) + 1],)
+        elif s_step > 1:
+            out += (tl.load(scales + ((s_at[jn] >> 1) + (s_group >> 1))),)
+        else:
+            out += (tl.load(scales + (s_at[jn] + s_group)),)
     return out
 
 
 @triton.jit
-def decode(stored, z_at, z_form: tl.constexpr):
+def half(pair, index: tl.constexpr, dtype: tl.constexpr):
+    """The lower or the upper half of int32 words, as a number of 16 bits, in float32."""
+    return (pair >> (16 * index)).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def decode(stored, z_at, z_form: tl.constexpr, s_form: tl.constexpr):
     """What `fetch` returned as float32, zero points less 8.
 
-    `z_form`: (coded, xor, 0), each zero point in the nibble of its position, else
-    (not coded, sign, offset).
+    `z_form`: (coded, xor, 0, step, dtype or shifts), each zero point in the nibble of its
+    position, else (not coded, sign, offset, ...).
     """
     out = ()
     for jn in tl.static_range(len(z_at)):
-        z = stored[2 * jn]
+        z, s = stored[2 * jn], stored[2 * jn + 1]
         if z_form[0]:
-            z = (((z.to(tl.int32) >> ((z_at[jn] & 1) * 4)) & 15) ^ z_form[1]).to(tl.float32)
+            if z_form[3] > 1:
+                z = (z >> z_form[4][jn]) & 15
+            else:
+                z = (z.to(tl.int32) >> ((z_at[jn] & 1) * 4)) & 15
+            z = (z ^ z_form[1]).to(tl.float32)
         else:
+            if z_form[3] > 1:
+                z = half(z, jn % 2, z_form[4])
             z = (z.to(tl.float32) - z_form[2]) * z_form[1]
-        out += (z - 8, stored[2 * jn + 1].to(tl.float32))
+        if s_form[0] > 1:
+            s = half(s, jn % 2, s_form[1])
+        out += (z - 8, s.to(tl.float32))
     return out
 
 
@@ -235,11 +285,12 @@ def gemm_kernel(
     k_word: tl.constexpr, k_index: tl.constexpr, k_shift: tl.constexpr, k_offset: tl.constexpr,
     n_word: tl.constexpr, n_index: tl.constexpr, n_shift: tl.constexpr, n_offset: tl.constexpr,
     zg: tl.constexpr, zn: tl.constexpr, z_form: tl.constexpr, sg: tl.constexpr, sn: tl.constexpr,
-    xor: tl.constexpr, extract: tl.constexpr, digits: tl.constexpr, shape: tl.constexpr,
-    axes: tl.constexpr, n_bits: tl.constexpr, k_bits: tl.constexpr,
+    s_form: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr,
+    digits: tl.constexpr, shape: tl.constexpr, axes: tl.constexpr,
+    n_bits: tl.constexpr, k_bits: tl.constexpr,
     BM: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SUMS: tl.constexpr, FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
-    STEADY: tl.constexpr, AHEAD: tl.constexpr,
+    FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    STEADY: tl.constexpr, AHEAD: tl.constexpr, JOIN: tl.constexpr,
     GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -248,11 +299,14 @@ def gemm_kernel(
     x [M, chunks, jk, BK] and its sums [chunks, M] as `arrange_kernel` leaves them. Each constexpr
     line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is int32
     [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
-    FOLD: a chunk lies in one group. SUMS: then scale the fp32 sums, not the weights.
+    FOLD: a chunk lies in one group, so its fp32 sums are scaled and not the weights.
+    A product has SLOTS * BM columns, the rows of x once for each of SLOTS chunks and zero but for
+    the chunk at hand: few rows then keep the sums of several groups apart until they are scaled.
     """
     JK: tl.constexpr = len(k_shift)
     JN: tl.constexpr = len(n_shift)
     WIDE: tl.constexpr = BM * SLOTS
+    DIRECT: tl.constexpr = FOLD and SLOTS == 1 and JOIN == JK
     dtype: tl.constexpr = x.dtype.element_ty
     chunks = tl.cdiv(k_words, BK)
     row_blocks = jobs // tl.cdiv(n_words, BN)
@@ -295,7 +349,7 @@ def gemm_kernel(
         else:
             words_tile = words_n + place(k_tile, k_word_stride, k_word)[None, :]
         x_rows = x + column[None, :].to(tl.int64) * (chunks * JK * BK)
-        x_rows += tl.arange(0, BK)[:, None]
+        x_rows += tl.arange(0, JOIN * BK)[:, None]
 
         first = tl.maximum(begin, job * chunks) - job * chunks
         last = tl.minimum(stop, (job + 1) * chunks) - job * chunks
@@ -307,7 +361,7 @@ def gemm_kernel(
         z_at, s_at = columns(n, zn_stride, sn_stride, zn, sn, z_form, n_offset)
         if AHEAD:
             stored = fetch(zeros_job, scales_job, first * (BK * JK) // g, z_at, s_at,
-                           zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
+                           zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
         for chunk in tl.range(first, last, num_stages=STAGES):
             k_row = chunk * BK + k_tile
             if STEADY:
@@ -329,39 +383,42 @@ def gemm_kernel(
                 # Fetch the next chunk's numbers while this one is multiplied.
                 ahead = tl.minimum(chunk + 1, last - 1) if AHEAD else chunk
                 after = fetch(zeros_job, scales_job, ahead * (BK * JK) // g, z_at, s_at,
-                              zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
-                zs = decode(stored if AHEAD else after, z_at, z_form)
-            if SUMS and SLOTS == 1:
+                              zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
+                zs = decode(stored if AHEAD else after, z_at, z_form, s_form)
                 products = ()
                 for _ in tl.static_range(JN):
                     products += (tl.zeros((BN, WIDE), tl.float32),)
                 total = tl.load(sums + chunk * M + column, column_in, other=0.0)[None, :]
-            elif SUMS:
+            elif FOLD:
                 products = parts
             else:
                 products = acc
-            for jk in tl.static_range(JK):
-                xt = tl.load(x_rows + (chunk * JK + jk) * BK, x_in[None, :], other=0.0)
-                if not FOLD:
-                    group = place(tl.minimum(k_row, k_words - 1), k_index_stride, k_index)
-                    group = ((group + k_offset[jk]) // g)[None, :]
-                    z2_at, s2_at = columns(n[:, None], zn_stride, sn_stride, zn, sn, z_form,
-                                           n_offset)  # fmt: skip
-                    zs = fetch(zeros_job, scales_job, group, z2_at, s2_at,
-                               zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
-                    zs = decode(zs, z2_at, z_form)
+            for piece in tl.static_range(JK // JOIN):
+                xt = tl.load(x_rows + (chunk * JK + piece * JOIN) * BK, x_in[None, :], other=0.0)
                 added = ()
                 for jn in tl.static_range(JN):
-                    if SUMS:
-                        weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
-                    else:
-                        z, s = zs[2 * jn], zs[2 * jn + 1]
+                    weights = ()
+                    for jk in tl.static_range(piece * JOIN, piece * JOIN + JOIN):
                         if FOLD:
-                            z, s = z[:, None], s[:, None]
-                        weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, xor, extract, dtype)
-                    added += (multiply(weight, xt, products[jn], extract),)
+                            weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                        else:
+                            group = place(tl.minimum(k_row, k_words - 1), k_index_stride, k_index)
+                            group = ((group + k_offset[jk]) // g)[None, :]
+                            column_n = n[:, None] + n_offset[jn]
+                            z2_at = (place(column_n, zn_stride, zn),)
+                            s2_at = (place(column_n, sn_stride, sn),)
+                            each = fetch(zeros_job, scales_job, group, z2_at, s2_at,
+                                         zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
+                            z, s = decode(each, z2_at, z_form, s_form)
+                            weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, xor, extract, dtype)
+                        weights += (weight,)
+                    product = multiply(beside(weights), xt, products[jn], extract)
+                    if DIRECT:
+                        product = (product - zs[2 * jn][:, None] * total) * zs[2 * jn + 1][:, None]
+                        product += acc[jn]
+                    added += (product,)
                 products = added
-            if not SUMS:
+            if DIRECT or not FOLD:
                 acc = products
             elif SLOTS == 1:
                 finished = ()
@@ -379,8 +436,8 @@ def gemm_kernel(
                     z2_at, s2_at = columns(n[:, None], zn_stride, sn_stride, zn, sn, z_form,
                                            n_offset)  # fmt: skip
                     zs = fetch(zeros_job, scales_job, (own * (BK * JK) // g)[None, :], z2_at,
-                               s2_at, zg_stride, sg_stride, zg, sg, z_form)  # fmt: skip
-                    zs = decode(zs, z2_at, z_form)
+                               s2_at, zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
+                    zs = decode(zs, z2_at, z_form, s_form)
                     finished, parts = (), ()
                     for jn in tl.static_range(JN):
                         part = products[jn] - zs[2 * jn] * total
@@ -450,17 +507,15 @@ def finish(acc, y, bias, m, n, mask, N, n_offset: tl.constexpr, BIAS: tl.constex
 class Tile:
     """What a program of `gemm_kernel` computes, and how it is compiled."""
 
-    BM: int
+    BM: int  # rows of x
     BN: int  # word rows along n: a tile covers BN * len(n.shift) columns
     BK: int  # word rows along k
     warps: int
-    stages: int
     programs: int  # that the work is divided into
+    slots: int = 1  # chunks whose sums a product keeps apart, each in BM columns of its own
+    join: int = 1  # nibbles along k that one product takes
+    by_address: bool = False  # load words in the order of their addresses (see `Order`)
     registers: int | None = None  # of a thread, at most
-    slots: int = 1  # chunks whose sums a product keeps apart, in columns of their own
-    sums: bool = True  # scale the sums, not the weights
-    ahead: bool = True
-    flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -477,6 +532,26 @@ class Plan:
 
     def __hash__(self) -> int:
         return hash((self.linear, self.q, self.z, self.s))
+
+
+HALVES = {"F16": tl.float16, "BF16": tl.bfloat16}
+
+
+def gathered(part: Part, across: Line, down: Line, n: Side) -> tuple[Any, Any]:
+    """How many columns of a word row lie in one aligned 32-bit word, and how to take them apart:
+    the shift of each jn, or the dtype of two numbers. (1, 0) where every column is a load."""
+    at = [[across(n.index(i) + o) for o in n.offset] for i in range(min(n.words, 256))]
+    even = [down.stride, *down.inner[2::3]]
+    if part.coded:
+        shifts = [a % 8 for a in at[0]]
+        same = all([a % 8 for a in row] == shifts and len({a // 8 for a in row}) == 1 for row in at)
+        if len(n.offset) > 1 and same and all(step % 8 == 0 for step in even):
+            return len(n.offset), tuple(4 * shift for shift in shifts)
+    elif part.dtype in HALVES and len(n.offset) > 1:
+        pairs = [(a, b) for row in at for a, b in zip(row[0::2], row[1::2], strict=True)]
+        if all(a % 2 == 0 and b == a + 1 for a, b in pairs) and all(s % 2 == 0 for s in even):
+            return 2, HALVES[part.dtype]
+    return 1, 0
 
 
 @cache
@@ -501,7 +576,11 @@ def plan(parts: tuple[Part, ...], linear: Linear) -> Plan:
         "k_offset": own.k.offset,
         "n_shift": own.n.shift,
         "n_offset": own.n.offset,
-        "z_form": (1, z.xor, 0) if z.coded else (0, z.sign, z.offset),
+        "z_form": (
+            *((1, z.xor, 0) if z.coded else (0, z.sign, z.offset)),
+            *gathered(z, lines["zn"], lines["zg"], own.n),
+        ),
+        "s_form": gathered(s, lines["sn"], lines["sg"], own.n),
         "xor": own.xor,
     }
     strides = {f"{name}_stride": at.stride for name, at in lines.items()}
@@ -540,26 +619,47 @@ def multiprocessors() -> int:
     )
 
 
-def choose(own: Codes, M: int, g: int) -> Tile:
+def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
     """The tile for M rows: a small table, measured (benchmarks/gemm_h200.md).
 
-    What matters is JN, the accumulators a word feeds, and how many rows of x there are.
+    What matters is JN, the accumulators a word feeds, and how many rows of x there are. `slots`:
+    whether products of few rows may keep several groups apart.
     """
-    JN, JK = len(own.n.offset), len(own.k.offset)
-    BM = 8 if M <= 8 else min(32 if JN > 2 else 64, triton.next_power_of_2(M))
-    BN, warps, resident, registers = 64, 4, 2, None
-    if JN > 2:
-        BN = 32 if BM == 16 and own.n.words < 1024 else 64
-        warps, resident = (8, 1) if BM > 16 else (4, 2)
-    elif BM == 8:
-        warps, resident = 2, 4 if JN == 2 else 5
-    elif JN == 1:
-        BN = 128
-        warps, resident, registers = (8, 1, None) if BM > 16 else (4, 3, 168)
-    BK = max(16, 128 // JK) if (BN, BM, JK) != (64, 16, 1) else 64
+    JN, JK, n = len(own.n.offset), len(own.k.offset), own.n.words
+    BK = {1: 16, 2: 32}.get(JN, 64 if 8 < M <= 16 else 128)
     while BK > 16 and not folds(own.k, BK, g):
         BK //= 2
-    return Tile(BM, BN, BK, warps, 3, resident * multiprocessors(), registers)
+    BM = triton.next_power_of_2(min(M, 16 if JN > 2 else 64))
+    BM, count = (BM, 8 // BM) if slots and BM < 8 and folds(own.k, BK, g) else (max(BM, 8), 1)
+    # Words that follow each other along n in fewer than 64 bytes: a tile's rows are no long runs.
+    scattered = any(own.n.word(i) != i for i in range(min(n, 16)))
+    by_address = JK > 1 and own.n.word(min(1, n - 1)) == 1 and (M <= 16 or scattered)
+    registers, resident = None, 4
+    if JN > 2:
+        BN, warps, join = 32, 2, 1
+        if M > 16:
+            BN, warps, resident = 64, 4, 2
+    elif JN == 2:
+        BN, warps, join, resident = 32, 1, 1, 8
+        if M > 16:
+            BN, warps, resident = 64, 4, 2
+            if scattered and n < 8192:
+                BM, join = 32, 4
+        elif M > 8:
+            BN, warps, join, resident = 64, 4, 4, 2
+        elif triton.cdiv(n, 32) * triton.cdiv(own.k.words, BK) < 32 * multiprocessors():
+            BN, resident = 16, 12
+    else:
+        BN, warps, join = 64, 2, 4 if count > 1 else 8
+        if M > 16:
+            warps, join, resident = 4, 4, 2
+        elif M > 8:
+            BN, warps, join, resident, registers = 128, 4, 4, 3, 168
+    programs = resident * multiprocessors()
+    return Tile(BM, BN, BK, warps, programs, count, min(join, JK), by_address, registers)
+
+
+STAGES = 3  # chunks on their way
 
 
 def launch(
@@ -575,7 +675,6 @@ def launch(
     k, n = own.codes.k, own.codes.n
     words = packed[own.q.suffix].view(torch.int32)
     zeros, scales = packed[own.z.suffix], packed[own.s.suffix]
-    zeros = zeros.view(torch.uint8) if own.z.coded else zeros
     chunks = triton.cdiv(k.words, tile.BK)
     span = tile.BK * len(k.offset)
     arranged = torch.empty(M, chunks * span, dtype=x.dtype, device=device)
@@ -585,16 +684,24 @@ def launch(
     k_index = {name: own.constants[name] for name in ("k_index", "k_offset")}
     pdl = {"launch_pdl": True} if chain else {}
     even_k, even_n = k.words % tile.BK == 0, n.words % tile.BN == 0
-    by_address = None
-    if tile.flat and even_k and even_n and steady(n.word, tile.BN) and steady(k.word, tile.BK):
-        by_address = order(own.codes, tile.BN, tile.BK, tile.BN > 16 * tile.warps)
-    by_address = by_address or Order((), (), (), (), ())
+    words_order, even = None, even_k and even_n
+    if tile.by_address and even and steady(n.word, tile.BN) and steady(k.word, tile.BK):
+        words_order = order(own.codes, tile.BN, tile.BK, deep=16 * tile.warps < tile.BN)
+    words_order = words_order or Order((), (), (), (), ())
     arrange_kernel[(chunks, triton.cdiv(M, 4))](
         x.contiguous(), arranged, totals, M, k.words, own.strides["k_index_stride"], **k_index,
-        k_bits=by_address.k_bits, BM=4, BK=tile.BK, CHAIN=chain, **pdl,
+        k_bits=words_order.k_bits, BM=4, BK=tile.BK, CHAIN=chain, **pdl,
     )  # fmt: skip
     fold = folds(k, tile.BK, own.linear.g)
-    sums = fold and tile.sums
+    z_form, s_form = own.constants["z_form"], own.constants["s_form"]
+    if not fold:
+        z_form, s_form = (*z_form[:3], 1, 0), (1, 0)
+    if z_form[3] > 1:
+        zeros = zeros.view(torch.int32)
+    elif own.z.coded:
+        zeros = zeros.view(torch.uint8)
+    if s_form[0] > 1:
+        scales = scales.view(torch.int32)
     jobs = triton.cdiv(n.words, tile.BN)
     jobs *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
     per = triton.cdiv(jobs * chunks, tile.programs)
@@ -612,14 +719,16 @@ def launch(
         arranged, totals, words, zeros, scales, y if bias is None else bias, y, partial, counters,
         y if blocks is None else blocks,
         M, N, k.words, n.words, own.linear.g, jobs, per,
-        words.stride(0), zeros.stride(0), scales.stride(0), **own.strides, **own.constants,
+        words.stride(0), zeros.stride(0), scales.stride(0), **own.strides,
+        **own.constants | {"z_form": z_form, "s_form": s_form},
         extract=extraction(x.dtype, own.q.xor) if nvidia else (),
-        BM=tile.BM, SLOTS=tile.slots if sums else 1, BN=tile.BN, BK=tile.BK, SUMS=sums, FOLD=fold,
-        digits=by_address.digits, shape=by_address.shape, axes=by_address.axes,
-        n_bits=by_address.n_bits, k_bits=by_address.k_bits, EVEN_K=even_k, EVEN_N=even_n,
-        STEADY=steady(k.word, tile.BK), AHEAD=fold and tile.ahead and not (sums and tile.slots > 1),
+        BM=tile.BM, SLOTS=tile.slots, BN=tile.BN, BK=tile.BK, FOLD=fold,
+        digits=words_order.digits, shape=words_order.shape, axes=words_order.axes,
+        n_bits=words_order.n_bits, k_bits=words_order.k_bits, EVEN_K=even_k, EVEN_N=even_n,
+        JOIN=tile.join, STEADY=steady(k.word, tile.BK),
+        AHEAD=fold and tile.slots == 1 and len(n.offset) <= 2,
         GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
-        STAGES=tile.stages, num_warps=tile.warps, num_stages=tile.stages,
+        STAGES=STAGES, num_warps=tile.warps, num_stages=STAGES,
         **pdl, **({"maxnreg": tile.registers} if tile.registers else {}),
     )  # fmt: skip
     return y
