@@ -145,16 +145,14 @@ class Order:
     k_bits: tuple[int, ...]
 
 
-def _bits(at: Line, rows: int) -> list[tuple[int, int, int]]:
-    """Of each bit of a row: its stride in words, and whether and how often that is `stride`."""
+def _bits(at: Line, rows: int) -> list[tuple[int, bool, int]]:
+    """Of each bit of a row: its stride in words, and that as a step of `stride` or of a word."""
     out = []
     for bit in range(rows.bit_length() - 1):
         index = 1 << bit
         digits = zip(at.inner[0::3], at.inner[1::3], at.inner[2::3], strict=True)
-        found = [
-            (s * (index // d), 0, s * (index // d)) for d, n, s in digits if d <= index < d * n
-        ]
-        out += found or [(at(index), 1, index // at.outer)]
+        steps = [s * (index // d) for d, n, s in digits if d <= index < d * n]
+        out += [(s, False, s) for s in steps] or [(at(index), True, index // at.outer)]
     return out
 
 
@@ -164,52 +162,50 @@ def order(own: Codes, BN: int, BK: int, deep: bool) -> Order | None:
 
     Bits of the address go to bits of row and column as mma.m16n8k16 holds a matrix: rows 8 apart
     and columns 2 t, 2 t + 1 and 8 apart are one thread's, which then reads words that lie
-    together. `deep`: a thread also has rows BN / 2 apart.
+    together; the next bits are the lanes'. `deep`: a thread also has rows BN / 2 apart.
     """
-    for at in (own.n.word, own.k.word):
-        numbers = (*at.inner[0::3], *at.inner[1::3], at.outer)
-        if any(n & n - 1 for n in numbers):
+    lines, sizes = (own.n.word, own.k.word), (BN, BK)
+    for at in lines:
+        if any(n & n - 1 for n in (*at.inner[0::3], *at.inner[1::3], at.outer)):
             return None
-    rows, columns = BN.bit_length() - 1, BK.bit_length() - 1
+    # Of each bit of an address, lowest first: its stride, axis and step, its dimension and bit.
     bits = sorted(
-        [(s, 1 if o else 0, m, "n", i) for i, (s, o, m) in enumerate(_bits(own.n.word, BN))]
-        + [(s, 2 if o else 0, m, "k", i) for i, (s, o, m) in enumerate(_bits(own.k.word, BK))]
+        (stride, (dim + 1) * runtime, step, dim, bit)
+        for dim in (0, 1)
+        for bit, (stride, runtime, step) in enumerate(_bits(lines[dim], sizes[dim]))
     )
-    free = {
-        "n": ([3, *([rows - 1] if deep and rows > 4 else [])], [0, 1, 2], list(range(3, rows))),
-        "k": ([0, 3], [1, 2], [0, *range(3, columns)]),
-    }
-    place: dict[tuple[str, int], int] = {}
-    for nth, (_, _, _, side, i) in enumerate(bits):
-        own_, lane, rest = free[side]
-        limit = rows if side == "n" else columns
-        pools = (own_, lane, rest) if nth < 2 else (lane, rest, own_)
-        taken = {at for (of, _), at in place.items() if of == side}
-        place[side, i] = next(at for pool in pools for at in pool if at not in taken and at < limit)
+    widths = [size.bit_length() - 1 for size in sizes]
+    mine = ([3, widths[0] - 1] if deep and widths[0] > 4 else [3], [0, 3])
+    lanes, rest = ([0, 1, 2], [1, 2]), [range(width) for width in widths]
+    free = [set(positions) for positions in rest]
+    places = []
+    for nth, (*_, dim, _) in enumerate(bits):
+        wanted = (mine if nth < 2 else lanes, lanes, rest)
+        places.append(next(p for pool in wanted for p in pool[dim] if p in free[dim]))
+        free[dim].remove(places[-1])
     digits: list[list[int]] = []
-    for i, (_, axis, step, _, _) in enumerate(bits):
+    for i, (_, axis, step, *_) in enumerate(bits):
         if digits and digits[-1][2] == axis and digits[-1][3] * digits[-1][1] == step:
             digits[-1][1] *= 2
         else:
             digits.append([1 << i, 2, axis, step])
-    # Bit i of t, slowest first, and where it goes: rows before columns, slowest first.
-    ranks = [(0 if side == "n" else 1, -place[side, i]) for *_, side, i in reversed(bits)]
+    # The tile's bits, slowest first, as those of t: what stays together is one axis.
+    top = len(bits) - 1
     runs: list[list[int]] = []
-    for j in sorted(range(len(ranks)), key=lambda j: ranks[j]):
-        if runs and runs[-1][-1] + 1 == j:
-            runs[-1].append(j)
+    for i in sorted(range(len(bits)), key=lambda i: (bits[i][3], -places[i])):
+        if runs and runs[-1][-1] + 1 == top - i:
+            runs[-1].append(top - i)
         else:
-            runs.append([j])
+            runs.append([top - i])
     if len(runs) > 8:
         return None
-    starts = sorted(run[0] for run in runs)
+    stored = sorted(runs)
     pad = 8 - len(runs)
-    inverse = {side: {at: i for (of, i), at in place.items() if of == side} for side in "nk"}
+    back = [{places[i]: b[4] for i, b in enumerate(bits) if b[3] == dim} for dim in (0, 1)]
     return Order(
-        tuple(n for digit in digits for n in digit),
-        tuple(2 ** next(len(run) for run in runs if run[0] == start) for start in starts)
-        + (1,) * pad,
-        (*(starts.index(run[0]) for run in runs), *range(8 - pad, 8)),
-        tuple(inverse["n"][i] for i in range(rows)),
-        tuple(inverse["k"][i] for i in range(columns)),
+        digits=tuple(n for digit in digits for n in digit),
+        shape=(*(1 << len(run) for run in stored), *(1,) * pad),
+        axes=(*(stored.index(run) for run in runs), *range(8 - pad, 8)),
+        n_bits=tuple(back[0][i] for i in range(widths[0])),
+        k_bits=tuple(back[1][i] for i in range(widths[1])),
     )

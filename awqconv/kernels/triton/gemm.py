@@ -10,6 +10,11 @@ words go from memory to the tensor cores without a shuffle:
 q - z is exact in fp16 and bf16. Where a tile lies inside one group the scale is applied once to
 the fp32 sums; otherwise to each weight, which is then rounded to x's dtype. K is split over
 programs, of which the last to finish adds the fp32 parts in a fixed order, so results repeat.
+
+Which word row is which row of the tile is free, as x is gathered and y scattered: where words that
+follow each other along n are few, a tile is read in the order of its addresses and its digits are
+put so that each thread's own words lie together (`Order`). A product of one to four rows of x has
+columns to spare for the sums of several groups, which are then scaled together.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment, misc"
@@ -515,7 +520,6 @@ class Tile:
     slots: int = 1  # chunks whose sums a product keeps apart, each in BM columns of its own
     join: int = 1  # nibbles along k that one product takes
     by_address: bool = False  # load words in the order of their addresses (see `Order`)
-    registers: int | None = None  # of a thread, at most
 
 
 @dataclass(frozen=True)
@@ -634,29 +638,40 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
     # Words that follow each other along n in fewer than 64 bytes: a tile's rows are no long runs.
     scattered = any(own.n.word(i) != i for i in range(min(n, 16)))
     by_address = JK > 1 and own.n.word(min(1, n - 1)) == 1 and (M <= 16 or scattered)
-    registers, resident = None, 4
+    resident = 4
     if JN > 2:
         BN, warps, join = 32, 2, 1
         if M > 16:
             BN, warps, resident = 64, 4, 2
     elif JN == 2:
-        BN, warps, join, resident = 32, 1, 1, 8
-        if M > 16:
-            BN, warps, resident = 64, 4, 2
-            if scattered and n < 8192:
-                BM, join = 32, 4
-        elif M > 8:
-            BN, warps, join, resident = 64, 4, 4, 2
-        elif triton.cdiv(n, 32) * triton.cdiv(own.k.words, BK) < 32 * multiprocessors():
-            BN, resident = 16, 12
+        BN, warps, join, resident = 64, 4, 4, 2
+        if count > 1:
+            BN, warps, join, resident = 32, 1, 1, 8
+        elif M > 16 and (n >= 8192 or not scattered):
+            join = 1
+        elif M > 16:
+            BM = 32
     else:
         BN, warps, join = 64, 2, 4 if count > 1 else 8
         if M > 16:
             warps, join, resident = 4, 4, 2
         elif M > 8:
-            BN, warps, join, resident, registers = 128, 4, 4, 3, 168
+            BN, warps, resident = 128, 4, 2
     programs = resident * multiprocessors()
-    return Tile(BM, BN, BK, warps, programs, count, min(join, JK), by_address, registers)
+    return Tile(BM, BN, BK, warps, programs, count, min(join, JK), by_address)
+
+
+def share(jobs: int, chunks: int, tile: Tile) -> int:
+    """How many chunks a program does, of `jobs` times `chunks`."""
+    per = triton.cdiv(jobs * chunks, tile.programs)
+    if jobs >= 8 * tile.programs:
+        return triton.cdiv(per, chunks) * chunks
+    if tile.BM > 8:  # the last of those that share a job sums their parts
+        per = max(per, triton.cdiv(chunks, 16))
+    # Somewhat more for each, where no program then has parts of two jobs.
+    whole = next((d for d in range(per, chunks + 1) if chunks % d == 0), per)
+    fits = 3 * whole <= 4 * per and (whole < chunks or tile.BM > 16)
+    return whole if fits else per
 
 
 STAGES = 3  # chunks on their way
@@ -704,9 +719,7 @@ def launch(
         scales = scales.view(torch.int32)
     jobs = triton.cdiv(n.words, tile.BN)
     jobs *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
-    per = triton.cdiv(jobs * chunks, tile.programs)
-    if jobs >= 8 * tile.programs:
-        per = triton.cdiv(per, chunks) * chunks
+    per = share(jobs, chunks, tile)
     shared = per % chunks != 0
     y = torch.empty(M, N, dtype=x.dtype, device=device)
     partial, counters = y, y
@@ -729,6 +742,6 @@ def launch(
         AHEAD=fold and tile.slots == 1 and len(n.offset) <= 2,
         GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
         STAGES=STAGES, num_warps=tile.warps, num_stages=STAGES,
-        **pdl, **({"maxnreg": tile.registers} if tile.registers else {}),
+        **pdl,
     )  # fmt: skip
     return y
