@@ -663,11 +663,11 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
 
 def share(jobs: int, chunks: int, tile: Tile) -> int:
     """How many chunks a program does, of `jobs` times `chunks`."""
-    per = triton.cdiv(jobs * chunks, tile.programs)
+    per = -(-jobs * chunks // tile.programs)
     if jobs >= 8 * tile.programs:
-        return triton.cdiv(per, chunks) * chunks
+        return -(-per // chunks) * chunks
     if tile.BM > 8:  # the last of those that share a job sums their parts
-        per = max(per, triton.cdiv(chunks, 16))
+        per = max(per, -(-chunks // 16))
     # Somewhat more for each, where no program then has parts of two jobs.
     whole = next((d for d in range(per, chunks + 1) if chunks % d == 0), per)
     fits = 3 * whole <= 4 * per and (whole < chunks or tile.BM > 16)
