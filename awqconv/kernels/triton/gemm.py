@@ -88,29 +88,16 @@ def centred(
 
 
 @triton.jit
-def scaled(
-    words, shift: tl.constexpr, z, s, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
-):
-    """(q - z) * s of the code at bit `shift` of each word, rounded to fp16 or bf16 once.
-
-    z is less 8; s is rounded to dtype before.
-    """
-    if len(extract) == 0:
-        code = (((words >> shift) & 15) ^ xor) - 8
-        out = ((code.to(tl.float32) - z) * s).to(dtype)
+def scaled(words, shift: tl.constexpr, z, s, extract: tl.constexpr, dtype: tl.constexpr):
+    """(q - z) * s of the code at bit `shift` of each word, rounded once. z less 8, s of dtype."""
+    asm: tl.constexpr = extract[8 + shift // 4]
+    high: tl.constexpr = dtype == tl.float16 and shift % 8 != 0
+    base: tl.constexpr = 136 if dtype == tl.bfloat16 else 72 if high else 1032
+    less, s = (-base - z).to(dtype), s.to(dtype)
+    if dtype == tl.float16:
+        out = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [words, less, s], tl.float16, True, 2)
     else:
-        asm: tl.constexpr = extract[8 + shift // 4]
-        high: tl.constexpr = dtype == tl.float16 and shift % 8 != 0
-        base: tl.constexpr = 136 if dtype == tl.bfloat16 else 72 if high else 1032
-        less, s = (-base - z).to(dtype), s.to(dtype)
-        if dtype == tl.float16:
-            out = tl.inline_asm_elementwise(
-                asm, "=r,r,r,r,r", [words, less, s], tl.float16, True, 2
-            )
-        else:
-            out = tl.inline_asm_elementwise(
-                asm, "=r,r,r,r,r", [words, less, s], tl.bfloat16, True, 2
-            )
+        out = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", [words, less, s], tl.bfloat16, True, 2)
     return out
 
 
@@ -415,7 +402,11 @@ def gemm_kernel(
                             each = fetch(zeros_job, scales_job, group, z2_at, s2_at,
                                          zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
                             z, s = decode(each, z2_at, z_form, s_form)
-                            weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, xor, extract, dtype)
+                            if len(extract) > 0 and scales.dtype.element_ty == dtype:
+                                weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, extract, dtype)
+                            else:
+                                weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                                weight = ((weight.to(tl.float32) - z) * s).to(dtype)
                         weights += (weight,)
                     product = multiply(beside(weights), xt, products[jn], extract)
                     if DIRECT:
