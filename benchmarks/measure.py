@@ -14,9 +14,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-import synthetic  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 UNSYNCED = (
     "from awqconv.checkpoint import writer; writer.SYNC = False; "
@@ -91,10 +89,10 @@ def sync(folder: Path) -> None:
 def model(name: str, layers: int | None, room: Path, *, zeros: bool = False) -> Path:
     """A synthetic checkpoint in a folder, made unless it is there; see `synthetic.make`."""
     path = room / f"{name}-{layers or 'whole'}{'-zeros' * zeros}"
-    if not path.exists():
-        synthetic.make(
-            name, path, layers=layers, g=128, shard=5 * 10**9, seed=0, zeros=zeros
-        )  # fmt: skip
+    if not path.exists():  # by a process of its own: children would inherit the peak of its memory
+        command = [sys.executable, ROOT / "benchmarks" / "synthetic.py", name, path]
+        more = ["--layers", str(layers)] * bool(layers) + ["--zeros"] * zeros
+        subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
         sync(path)
     return path
 

@@ -136,9 +136,10 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--shard-size", type=int, default=5 * 10**9)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--zeros", action="store_true", help="Tensors of zeros, files of holes.")
     args = parser.parse_args()
     total = make(args.model, args.dest, layers=args.layers, g=args.group_size,
-                 shard=args.shard_size, seed=args.seed)  # fmt: skip
+                 shard=args.shard_size, seed=args.seed, zeros=args.zeros)  # fmt: skip
     print(f"{total:,} bytes of tensors in {args.dest}")  # noqa: T201
 
 
