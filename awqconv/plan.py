@@ -20,6 +20,7 @@ from awqconv.errors import AwqconvError
 from awqconv.forms import hf, sglang
 from awqconv.forms.experts import misread, mixtures
 from awqconv.jobs import Copy, Job, Pack, Spec, Verdict, specs
+from awqconv.serving.config import METHOD, NEEDS_LOADER, WEIGHTS
 from awqconv.targets.base import Target, layout
 
 __all__ = ["Copy", "Job", "OutFile", "Pack", "Piece", "Plan", "Run", "Verdict", "make_plan"]
@@ -309,11 +310,11 @@ def _nbytes(spec: Spec) -> int:
 def _config(plan: Plan) -> dict[str, Any]:
     """The output's config.json: the source's, with the quantization it now has."""
     model, quant = plan.model, plan.model.quantization
-    config = model.checkpoint.config
+    config = {k: v for k, v in model.checkpoint.config.items() if (k, v) != (WEIGHTS, NEEDS_LOADER)}
     if plan.form != "hf":  # what the engine picks its own layers by
         return _placed(config, model.source_quantization)
     common = {
-        "quant_method": "awqconv",
+        "quant_method": METHOD,
         "target": plan.target.name,
         "layout_version": plan.target.version,
         "form": plan.form,
@@ -330,6 +331,8 @@ def _config(plan: Plan) -> dict[str, Any]:
     common["unquantized"] = model.unquantized()
     written = plan.target.quantization_config(common)
     written.pop("unquantized", None)
+    if written.get("quant_method") == METHOD:
+        config.setdefault(WEIGHTS, NEEDS_LOADER)
     return _placed(config, written)
 
 

@@ -4,9 +4,10 @@
 
 ENGINE is transformers, vllm or sglang, installed beside awqconv. Each load is a process of its
 own. "raw" is what the engine does itself with the AWQ checkpoint (its repack included); "dense"
-the same weights in the model's dtype, what an engine without an int4 kernel would hold. "ready"
-runs from the call that loads to the end of the first token; memory is the peak resident set of
-the process and its children, and the device's peak where there is one.
+the same weights in the model's dtype, what an engine without an int4 kernel would hold; "sharded"
+(SGLang) the form sglang-sharded. `ready_s` runs from the call that loads to the end of the first
+token, `weights_s` is the engine's own figure for the weights; memory is the peak resident set of
+the process and its children, and the peak in use on the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -25,25 +27,25 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PROMPT = "The capital of France is"
+PROMPT = [1, 2, 3, 4, 5]  # tokens: a synthetic checkpoint has no tokenizer
 ENGINES = ("transformers", "vllm", "sglang")
+WEIGHTS = re.compile(r"(?:Load weight end\. elapsed=|Model loading took .* and )([0-9.]+) s")
 
 
 def load_transformers(folder: str, dtype: str) -> float:
     """Seconds to load and answer with one token."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     import awqconv.serving.transformers  # noqa: F401
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     began = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, dtype), device_map=device
     )
-    inputs = tokenizer(PROMPT, return_tensors="pt").to(device)
-    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    inputs = torch.tensor([PROMPT], device=device)
+    model.generate(inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)
     return time.perf_counter() - began
 
 
@@ -52,8 +54,12 @@ def load_vllm(folder: str, dtype: str) -> float:
     from vllm import LLM, SamplingParams
 
     began = time.perf_counter()
-    llm = LLM(folder, dtype=dtype, max_model_len=256, max_num_seqs=4, enforce_eager=True)
-    llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    llm = LLM(
+        folder, dtype=dtype, max_model_len=256, max_num_seqs=4, enforce_eager=True,
+        skip_tokenizer_init=True,
+    )  # fmt: skip
+    asked = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
+    llm.generate([{"prompt_token_ids": PROMPT}], asked, use_tqdm=False)
     return time.perf_counter() - began
 
 
@@ -62,10 +68,13 @@ def load_sglang(folder: str, dtype: str) -> float:
     import sglang
 
     began = time.perf_counter()
+    sharded = any(Path(folder).glob("model-rank-0-part-*"))
     engine = sglang.Engine(
-        model_path=folder, dtype=dtype, attention_backend="triton", disable_cuda_graph=True
-    )
-    engine.generate(PROMPT, {"temperature": 0, "max_new_tokens": 1})
+        model_path=folder, dtype=dtype, load_format="sharded_state" if sharded else "auto",
+        attention_backend="triton", sampling_backend="pytorch", disable_cuda_graph=True,
+        skip_tokenizer_init=True, max_total_tokens=4096, log_level="info",
+    )  # fmt: skip
+    engine.generate(input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 1})
     return time.perf_counter() - began
 
 
@@ -90,27 +99,33 @@ def resident() -> int:
 
 def measure(engine: str, folder: str, dtype: str) -> dict[str, Any]:
     """One load in this process."""
-    peak = 0
+    import torch
+
+    def on_device() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    gpu = torch.cuda.is_available()
+    before = on_device() if gpu else 0
+    peak = [0, 0]
 
     def watch() -> None:
-        nonlocal peak
         while True:
-            peak = max(peak, resident())
+            peak[0] = max(peak[0], resident())
+            peak[1] = max(peak[1], on_device() - before) if gpu else 0
             time.sleep(0.05)
 
     threading.Thread(target=watch, daemon=True).start()
     seconds = globals()[f"load_{engine}"](folder, dtype)
-    found = {"ready_s": round(seconds, 3), "peak_rss_mib": peak >> 20}
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        used = torch.cuda.max_memory_allocated() or total - free
-        found["device_mib"] = used >> 20
+    found = {"ready_s": round(seconds, 3), "peak_rss_mib": peak[0] >> 20}
+    if gpu:
+        found["device_mib"] = peak[1] >> 20
     return found
 
 
-def folders(model: Path, targets: list[str], work: Path, *, dense: bool) -> dict[str, Path]:
+def folders(
+    model: Path, targets: list[str], work: Path, *, dense: bool, sharded: bool
+) -> dict[str, Path]:
     """What is loaded, by name: the checkpoint, its conversions, its dequantized form."""
     import awqconv
 
@@ -118,6 +133,9 @@ def folders(model: Path, targets: list[str], work: Path, *, dense: bool) -> dict
     for target in targets:
         found[target] = work / target
         awqconv.convert(model, found[target], target=target)
+    if sharded:
+        found["sharded"] = work / "sharded"
+        awqconv.convert(model, found["sharded"], target=targets[0], form="sglang-sharded", tp=1)
     if dense:
         sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
         from serving_reference import plain_model
@@ -135,6 +153,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--dense", action="store_true")
+    parser.add_argument("--sharded", action="store_true")
+    parser.add_argument("--work", type=Path, help="where conversions are written")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -143,9 +163,12 @@ def main() -> None:
         print("RESULT", json.dumps(result), flush=True)  # noqa: T201
         return
     rows: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=options.work) as work:
         targets = options.targets.split(",")
-        cases = folders(options.model.resolve(), targets, Path(work), dense=options.dense)
+        cases = folders(
+            options.model.resolve(), targets, Path(work),
+            dense=options.dense, sharded=options.sharded,
+        )  # fmt: skip
         for name, folder in cases.items():
             command = [sys.executable, __file__, options.engine, str(folder), "--one"]
             runs = []
@@ -162,6 +185,8 @@ def main() -> None:
                     rows[name] = {"error": said[-1] if said else f"exit status {done.returncode}"}
                     break
                 runs.append(json.loads(line.removeprefix("RESULT")))
+                if logged := WEIGHTS.findall(done.stdout + done.stderr):
+                    runs[-1]["weights_s"] = float(logged[-1])
             else:
                 rows[name] = min(runs, key=lambda run: run["ready_s"])
     about = {

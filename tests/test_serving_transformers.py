@@ -315,13 +315,15 @@ def test_another_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         load(tmp_path / "dest")
 
 
-def test_without_the_import_transformers_names_the_package(tmp_path: Path) -> None:
-    """It only warns, and goes on with random weights: its registry takes no unknown method."""
+def test_without_the_import_the_error_names_the_package(tmp_path: Path) -> None:
+    """transformers would only warn of the quantization, and draw random weights."""
     awqconv.convert(biased(tmp_path / "source"), tmp_path / "dest", target="marlin")
     code = (
         "import transformers, sys; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "dest")]
     run = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert "Unknown quantization type, got awqconv" in run.stderr
-    assert "MISSING" in run.stderr
+    assert run.returncode != 0
+    assert "pip install awqconv, and import awqconv.serving.transformers" in run.stderr
+    awqconv.convert(tmp_path / "dest", tmp_path / "back", target="awq")
+    assert "transformers_weights" not in json.loads((tmp_path / "back/config.json").read_text())

@@ -8,7 +8,7 @@
     launch        the commands that serve a converted folder
 
 An engine is imported by its own module here and nowhere else. Without this package installed vLLM
-and SGLang refuse a converted folder: "Unknown quantization method: awqconv". transformers only
-warns ("Unknown quantization type, got awqconv") and goes on with random weights in place of the
-packed ones; nothing that a folder holds makes it stop.
+and SGLang refuse a converted folder: "Unknown quantization method: awqconv". transformers would
+only warn and draw random weights; an entry of config.json stops it, in an error that names the
+package (config.NEEDS_LOADER).
 """

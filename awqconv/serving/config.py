@@ -14,6 +14,11 @@ from awqconv.targets import Linear, Target, layout
 METHOD = "awqconv"
 WHERE = "config.json: quantization_config"
 AGAIN = "Convert the checkpoint again with this awqconv."
+# transformers only warns of a quantization that it knows no loader of, and goes on with random
+# weights. This entry of config.json stops it: it names no safetensors file, and is quoted in the
+# error (transformers 5, modeling_utils.py _get_resolved_checkpoint_files). Other engines ignore it.
+WEIGHTS = "transformers_weights"
+NEEDS_LOADER = f"pip install {METHOD}, and import {METHOD}.serving.transformers before loading"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from awqconv import kernels
 from awqconv.errors import AwqconvError
-from awqconv.targets import Linear, Target
+from awqconv.targets import Linear, Target, layout
 
 Packed = Mapping[str, Tensor]
 Multiply = Callable[[Tensor], Tensor]
@@ -144,16 +144,18 @@ def amx_op() -> Any:
 
 
 def _amx(packed: Packed, linear: Linear) -> Multiply | None:
+    """int4_scaled_mm_cpu for float16 and bfloat16, all it takes; float32 keeps to its own bound."""
     op = amx_op()
     if op is None:
         return None
     words, zeros, scales = packed["qweight"], packed["qzeros"], packed["scales"]
+    single = _host(packed, layout("amx"), linear)
 
     def multiply(x: Tensor) -> Tensor:
-        # The op takes half precision only.
-        half = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(torch.bfloat16)
-        y: Tensor = op(half.contiguous(), words, zeros, scales, None)
-        return y.to(x.dtype)
+        if x.dtype == torch.float32:
+            return single(x)
+        y: Tensor = op(x.contiguous(), words, zeros, scales, None)
+        return y
 
     return multiply
 

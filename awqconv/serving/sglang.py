@@ -6,8 +6,9 @@ on a rank that is left with one group. Products are the engine's: gptq_marlin_ge
 on CUDA, int4_scaled_mm_cpu on AMX, torch_npu's and torch's ops on Ascend and XPU; awqconv's kernels
 elsewhere. Mixtures on Ascend are not served: SGLang 0.5.15 reads another layout for them there.
 
-Written for SGLang 0.5.15. Its parameter and loader classes were run, on a host; its CUDA, AMX, NPU
-and XPU ops were not run from here.
+Run with SGLang 0.5.15: its engine on an H200 (marlin; Llama, Mixtral, Qwen3-MoE; one rank), its
+parameter and loader classes on a host (several ranks). Ascend and XPU were not run, and of AMX only
+the op by itself.
 """
 
 from __future__ import annotations

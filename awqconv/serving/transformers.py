@@ -32,7 +32,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from awqconv.errors import AwqconvError
 from awqconv.serving import ops
-from awqconv.serving.config import AGAIN, METHOD, Quantization, version_of
+from awqconv.serving.config import (
+    AGAIN,
+    METHOD,
+    NEEDS_LOADER,
+    WEIGHTS,
+    Quantization,
+    version_of,
+)
 from awqconv.targets import Linear, Target
 
 VERSIONS = {"at_least": "5.19", "below": "6"}
@@ -198,6 +205,12 @@ class AwqconvQuantizer(HfQuantizer):  # type: ignore[misc]
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raises AwqconvError for a transformers that this module does not know."""
         version_of("transformers", **VERSIONS)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called with the model's config before any file is looked for: here is the loader."""
+        if getattr(config, WEIGHTS, None) == NEEDS_LOADER:
+            delattr(config, WEIGHTS)
+        return config
 
     def is_serializable(self) -> bool:
         return True
