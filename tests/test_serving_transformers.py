@@ -26,6 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import awqconv.serving.transformers as serving
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores, each with its threads, crawl
+    torch.set_num_threads(1)
+
 SMOLLM = "smollm2-135m-instruct-awq-g64"
 W4A16 = ("marlin", "npu", "xpu")
 TARGETS = (*W4A16, "amx")
@@ -166,7 +169,7 @@ def test_smollm2_is_the_dequantized_source(
         record_property("logits error, packed and plain", (float(error), float(plain_error)))
         assert error <= 4 * plain_error
 
-    if WHOLE_TEXT:
+    if WHOLE_TEXT or target == "marlin":  # the figure in the model's notes
         expected, measured = 15.8049, perplexity(model, reference.text)
         record_property("perplexity", measured)
     else:
