@@ -2,7 +2,9 @@
 
     python benchmarks/load_time.py ENGINE MODEL [--targets marlin,amx] [--dtype float16] [--json]
 
-ENGINE is transformers, vllm or sglang, installed beside awqconv. Each load is a process of its
+ENGINE is transformers, vllm or sglang, installed beside awqconv, or packer: no engine, but what
+SGLang does on a CPU with AMX before it is ready, a read of all tensors and its packer on AWQ words
+(sgl-kernel's CPU build, or the library that SGL_KERNEL_CPU names). Each load is a process of its
 own. "raw" is what the engine does itself with the AWQ checkpoint (its repack included); "dense"
 the same weights in the model's dtype, what an engine without an int4 kernel would hold; "sharded"
 (SGLang) the form sglang-sharded. `ready_s` runs from the call that loads to the end of the first
@@ -28,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 PROMPT = [1, 2, 3, 4, 5]  # tokens: a synthetic checkpoint has no tokenizer
-ENGINES = ("transformers", "vllm", "sglang")
+ENGINES = ("transformers", "vllm", "sglang", "packer")
 WEIGHTS = re.compile(r"(?:Load weight end\. elapsed=|Model loading took .* and )([0-9.]+) s")
 
 
@@ -75,6 +77,32 @@ def load_sglang(folder: str, dtype: str) -> float:
         skip_tokenizer_init=True, max_total_tokens=4096, log_level="info",
     )  # fmt: skip
     engine.generate(input_ids=PROMPT, sampling_params={"temperature": 0, "max_new_tokens": 1})
+    return time.perf_counter() - began
+
+
+def load_packer(folder: str, dtype: str) -> float:
+    """Seconds to read all tensors and to pack those that are AWQ words; scales become `dtype`."""
+    import torch
+    from safetensors import safe_open
+
+    if library := os.environ.get("SGL_KERNEL_CPU"):
+        torch.ops.load_library(library)
+    else:
+        import sgl_kernel  # noqa: F401
+    began = time.perf_counter()
+    tensors = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as reader:
+            for name in reader.keys():  # noqa: SIM118
+                tensors[name] = reader.get_tensor(name).clone()
+    for words in [name for name in tensors if name.endswith(".qweight")]:
+        zeros, scales = (words.replace(".qweight", end) for end in (".qzeros", ".scales"))
+        if tensors[words].dtype == torch.int32:
+            tensors[words], tensors[zeros], tensors[scales] = (
+                torch.ops.sgl_kernel.convert_weight_packed_scale_zp(
+                    tensors[words], tensors[zeros], tensors[scales].to(getattr(torch, dtype)), 0
+                )
+            )
     return time.perf_counter() - began
 
 
@@ -182,7 +210,9 @@ def main() -> None:
                 line = next((s for s in done.stdout.splitlines() if s.startswith("RESULT")), None)
                 if line is None:
                     said = (done.stderr or done.stdout).strip().splitlines()
-                    rows[name] = {"error": said[-1] if said else f"exit status {done.returncode}"}
+                    errors = [text for text in said if "Error" in text] or said
+                    last = errors[-1] if errors else f"exit status {done.returncode}"
+                    rows[name] = {"error": last}
                     break
                 runs.append(json.loads(line.removeprefix("RESULT")))
                 if logged := WEIGHTS.findall(done.stdout + done.stderr):
