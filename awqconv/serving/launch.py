@@ -37,8 +37,10 @@ def _vllm(target: str, dest: str, flags: str, tp: int) -> str:
 
 
 def _sglang(target: str, dest: str, flags: str, tp: int) -> str:
+    # Without this variable a host is no CPU to the engine (srt/utils/common.py is_cpu).
+    cpu = "SGLANG_USE_CPU_ENGINE=1" if target == "amx" else ""
     parallel = f"--tp-size {tp}" if tp > 1 else ""
-    return _join("python -m sglang.launch_server --model-path", quote(dest), parallel, flags)
+    return _join(cpu, "python -m sglang.launch_server --model-path", quote(dest), parallel, flags)
 
 
 def _transformers(target: str, dest: str, flags: str, tp: int) -> str:
