@@ -5,8 +5,9 @@
 
 M matrices of K x N nibbles lie one after the other in a buffer and go to another; choose M so
 that both are larger than the caches. Each thread takes its share of the matrices. Prints GB/s of
-source bytes, medians, and the ratio to memcpy by the same number of threads. --cpu counts the
-threads' CPU time instead of time, for a machine that has other work.
+source bytes, medians, the ratio to memcpy by the same number of threads, and to the same work by
+one thread alone. --cpu counts the threads' CPU time instead of time, for a machine that has other
+work.
 """
 
 import argparse
@@ -100,11 +101,14 @@ def main() -> None:
                 amx.derive(weights, linear, tile, zeros[:, start:stop])
                 begin += len(tile)
 
-    def speed(pool: ThreadPoolExecutor, work: Callable[[int], None]) -> float:
-        clock, share = (time.process_time, args.threads) if args.cpu else (time.perf_counter, 1)
+    def speed(
+        pool: ThreadPoolExecutor, work: Callable[[int], None], threads: int = args.threads
+    ) -> float:
+        clock, share = (time.process_time, threads) if args.cpu else (time.perf_counter, 1)
         begin = clock()
-        list(pool.map(work, range(args.threads)))
-        return args.matrices * weight / (clock() - begin) * share / 1e9
+        list(pool.map(work, range(threads)))
+        done = sum(map(len, shares[:threads])) * weight
+        return done / (clock() - begin) * share / 1e9
 
     jobs = {f"{a} -> {b}": partial(move, (a, b)) for a, b in PAIRS} | {
         "awq -> amx + compensation": partial(compensate, N),
@@ -112,7 +116,7 @@ def main() -> None:
     }
     found = []
     if not args.json:
-        print(f"{'':26}{'GB/s':>8}{'memcpy':>8}{'ratio':>8}{'compiled in ms':>16}")  # noqa: T201
+        print(f"{'':26}{'GB/s':>8}{'memcpy':>8}{'ratio':>8}{'x one':>8}{'compiled in ms':>16}")  # noqa: T201
     with ThreadPoolExecutor(args.threads) as pool:
         for name, work in jobs.items():
             begin = time.perf_counter()
@@ -121,17 +125,21 @@ def main() -> None:
             begin = time.perf_counter()
             work(0)
             compiled = max(first - (time.perf_counter() - begin), 0.0)
-            pairs = [(speed(pool, copy), speed(pool, work)) for _ in range(args.repeat)]
+            rounds = [
+                (speed(pool, copy), speed(pool, work), speed(pool, work, 1))
+                for _ in range(args.repeat)
+            ]
             row = {
                 "move": name,
-                "gb_s": median(own for _, own in pairs),
-                "memcpy": median(other for other, _ in pairs),
-                "ratio": median(own / other for other, own in pairs),
+                "gb_s": median(own for _, own, _ in rounds),
+                "memcpy": median(other for other, _, _ in rounds),
+                "ratio": median(own / other for other, own, _ in rounds),
+                "x_one": median(own / one for _, own, one in rounds),
                 "compiled_ms": compiled * 1e3,
             }
             found.append(row)
             if not args.json:
-                numbers = (row[key] for key in ("gb_s", "memcpy", "ratio"))
+                numbers = (row[key] for key in ("gb_s", "memcpy", "ratio", "x_one"))
                 text = "".join(f"{number:8.2f}" for number in numbers)
                 print(f"{name:26}{text}{row['compiled_ms']:16.0f}", flush=True)  # noqa: T201
     if args.json:
