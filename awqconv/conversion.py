@@ -251,8 +251,7 @@ class _Executor:
     def run(self, workers: int, share: int) -> None:
         """Run all jobs that the journal does not hold; `share`: bytes of memory of each worker."""
         if self.ranges:
-            expect = getattr(self.progress, "expect", None)
-            self.ranges.follow(self.staging.done, self.staging.record, expect)
+            self.ranges.follow(self.staging.done, self.staging.record, self.progress)
         self.encoder = Encoder(self.reader, share)
         self.workers = workers
         pool = ThreadPoolExecutor(workers, thread_name_prefix="awqconv")
@@ -311,7 +310,7 @@ class _Executor:
                 hasher.update(start, buffer)
             if hasher.hexdigest() != entry["outputs"].get(info.name):
                 return False
-        self.progress(sum(info.nbytes for info in _outputs(job)))
+        self.progress(_nbytes(job))
         return True
 
     def _copy(self, job: Copy) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def verify(
             origin = open_model(open_source(os.fspath(source), token=token))
             ranges = getattr(origin.checkpoint.source, "ranges", None)
             if ranges:
-                ranges.follow({}, lambda name, entry: None, getattr(progress, "expect", None))
+                ranges.follow({}, lambda name, entry: None, progress)
                 workers = min(workers, READERS) if ranges.scarce() else workers
         multiply = choose_kernel(device, kernel) if columns else None
         kind: type[Check] = Check

@@ -138,7 +138,7 @@ class _Sharder:
     ) -> None:
         self.model, self.sources, self.target, self.tp = model, sources, target, tp
         self.config = model.checkpoint.config
-        self.device = DEVICES.get(target.name, Device(marlin=True, falls_back=True))
+        self.device = DEVICES.get(target.name, DEVICES["marlin"])
         self.group_size = model.quantization.group_size
         self.marlin = self.device.marlin
         if target.name == "marlin":

@@ -51,14 +51,15 @@ class Ranges:
         self,
         done: Mapping[str, Mapping[str, Any]],
         record: Callable[[str, dict[str, Any]], None],
-        expect: Callable[[int, str], None] | None,
+        progress: Callable[[int], None],
     ) -> None:
         """Takes up the journal `done` of a run that was killed, and tells `record` of each block
-        before it is handed out, `expect` of the bytes that `prove` will read."""
+        before it is handed out, the method `expect` of `progress`, if it has one, of the bytes that
+        `prove` will read."""
         for entry in done.values():
             if "block" in entry:
                 self.digests.setdefault(entry["file"], {})[entry["block"]] = entry["digest"]
-        self._record, self._expect = record, expect or self._expect
+        self._record, self._expect = record, getattr(progress, "expect", self._expect)
         for file in self.digests:
             self.begin(file, f"{file} was read by ranges before: it is fetched again to check it")
 

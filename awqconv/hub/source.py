@@ -354,18 +354,15 @@ class HubSource:
                     "Run the same command again.",
                 )
 
-    def _spool_parent(self) -> Path:
-        from huggingface_hub import cached_assets_path
-
-        return self._spool or cached_assets_path(
-            "awqconv", self.repository.name.replace("/", "--"), self.repository.commit
-        )
-
     def _spool_folder(self) -> Path:
         """This run's folder, made when first needed; what dead runs left beside it is removed."""
         with self._lock, explained(self.repository.name, self.repository.commit):
             if self._folder is None:
-                spool = self._spool_parent()
+                from huggingface_hub import cached_assets_path
+
+                spool = self._spool or cached_assets_path(
+                    "awqconv", self.repository.name.replace("/", "--"), self.repository.commit
+                )
                 for left in spool.glob("spool-*"):
                     _sweep(left)
                 folder = spool / f"spool-{uuid.uuid4().hex[:12]}"
