@@ -17,7 +17,7 @@ from awqconv.repack.axes import Axis, Layout
 from awqconv.repack.engine import aligned
 
 Bytes = NDArray[np.uint8]
-TILE = 1 << 20  # bytes that are handled at a time
+TILE = 1 << 21  # bytes that are handled at a time
 CALL = 1 << 14  # bytes that are copied in the time of one call to read a few
 
 

@@ -7,8 +7,8 @@ Three levels, in one pass over the files:
               or have the digests that its AWQ bytes had when it was converted; sections derived
               from them (AMX compensation, bf16 fallback weights) are derived again and compared;
   product     a kernel that addresses the packed words itself multiplies random activations with
-              some columns of every module; the error against a float64 product of the AWQ weight
-              is held to a bound derived from dtype and K (`awqconv.kernels.bounds`).
+              some rows and columns of every module; the error against a float64 product of the AWQ
+              weight is held to a bound derived from dtype and K (`awqconv.kernels.bounds`).
 
 The product level shares no code with the packer: positions come from `Layout.offsets`, one
 element at a time, and the reference weight from AutoAWQ's own order by reshape and transpose, of
@@ -21,7 +21,6 @@ import os
 import re
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -38,7 +37,7 @@ from awqconv.checkpoint.source import Folder
 from awqconv.digest import Hasher, digest
 from awqconv.encoder import Encoder
 from awqconv.errors import AwqconvError
-from awqconv.feed import TILE, Feed, Reader
+from awqconv.feed import TILE, Reader
 from awqconv.hub import open_source
 from awqconv.hub.ranges import READERS, Ranges
 from awqconv.jobs import largest_first
@@ -49,7 +48,8 @@ from awqconv.targets.base import Linear, Part, Target, layout
 Bytes = NDArray[np.uint8]
 SHARE = 128 << 20  # bytes of memory a thread may use
 COLUMNS = 64
-ROWS = 4
+ROWS = 1024
+ACTIVATIONS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,7 @@ def verify(
     source: str | os.PathLike[str] | None = None,
     modules: str | None = None,
     columns: int = COLUMNS,
+    rows: int = ROWS,
     device: str = "auto",
     kernel: str = "auto",
     jobs: int | None = None,
@@ -129,8 +130,10 @@ def verify(
 
     `source`: the AWQ checkpoint, to compare with its bytes instead of the manifest's digests.
     `modules`: a regular expression; only modules it finds, and no other tensors, are looked at.
-    `columns`: output columns a module's product is made for, 0 for none. `device` it is made on,
-    cpu or cuda, and `kernel` it is made by, cpu or triton; auto takes a GPU where there is one.
+    `columns`: output columns a module's product is made for, 0 for none, at random; `rows` of K
+    that are summed, likewise. More are taken where a layout or a group cannot be cut so small.
+    `device` it is made on, cpu or cuda, and `kernel` it is made by, cpu or triton; auto takes a
+    GPU where there is one.
     `token` opens a source on the hub, instead of HF_TOKEN; `progress` is as in `convert`.
 
     Raises AwqconvError for input that is no converted folder, a source that is not its source or
@@ -166,7 +169,7 @@ def verify(
             from awqconv.forms.check import ShardedCheck
 
             kind = ShardedCheck
-        check = kind(model, manifest, origin, columns, multiply, progress)
+        check = kind(model, manifest, origin, (rows, columns), multiply, progress)
         reports, found, counts = check.run(chosen, workers)
         if ranges:
             ranges.prove(progress)
@@ -188,7 +191,8 @@ def verify(
         *counts,
         reports,
         problems,
-        f"{ROWS} random activations, {columns} of N columns of each module, {multiply.title}"
+        f"{ACTIVATIONS} random activations, {rows:,} of K rows and {columns:,} of N columns "
+        f"of each module, {multiply.title}"
         if multiply
         else "",
         time.perf_counter() - began,
@@ -224,12 +228,12 @@ class Check:
         model: Model,
         manifest: dict[str, Any],
         origin: Model | None,
-        columns: int,
+        window: tuple[int, int],
         multiply: Kernel | None,
         progress: Callable[[int], None],
     ) -> None:
         self.model, self.manifest, self.origin = model, manifest, origin
-        self.columns, self.multiply, self.progress = columns, multiply, progress
+        self.window, self.multiply, self.progress = window, multiply, progress
         self.reader = Reader(model.checkpoint.source)
         self.encoder = Encoder(self.reader, SHARE)
         self.origin_reader = Reader(origin.checkpoint.source) if origin else None
@@ -333,8 +337,8 @@ class Check:
 
     def _module(self, module: Stored) -> tuple[ModuleReport, list[Problem], int, int]:
         name = module.name
-        hashers: dict[TensorInfo, Hasher] = {}
         sample = self._sample(module) if self.multiply else None
+        hashers: dict[TensorInfo, Hasher] = dict(sample.stored) if sample else {}
         try:
             found = list(self._exact(module, hashers, sample))
         except AwqconvError as wrong:  # a zero point that is none
@@ -363,22 +367,20 @@ class Check:
     def _exact(
         self, module: Stored, hashers: dict[TensorInfo, Hasher], sample: _Sample | None
     ) -> Iterator[str]:
-        """What is not as it was in AWQ form. Fills the sample with AWQ rows."""
+        """What is not as it was in AWQ form. Shows the AWQ bytes to the sample."""
         original, awq = module.original(), layout("awq")
         linear = original.linear
         expected = self.manifest["modules"][module.name]["awq"]
         theirs = self.origin.modules[module.name] if self.origin else None
         wrong = False
         for part in awq.parts(linear):
-            hasher, same = Hasher(), True
+            hasher, same = sample.awq[part.of] if sample else Hasher(), True
             info = theirs.tensors[part.suffix] if theirs else None
             for e in range(module.experts):
                 for tile in self._tiles(awq, part, linear, original, e, hashers):
                     right = self._source_tile(info, hasher.position, tile) if info else tile
                     same &= right is tile or np.array_equal(right, tile)
-                    hasher.update(hasher.position, tile)
-                    if sample and e == sample.expert:
-                        sample.take(part, linear, right)
+                    hasher.update(hasher.position, right)
             if not same or (not info and hasher.hexdigest() != expected[part.suffix]):
                 wrong = True
                 if not info:
@@ -470,7 +472,9 @@ class Check:
             ):
                 encoder = Encoder(reader, SHARE)
                 rows = {
-                    str(part.of): [t.copy() for t in encoder.tiles(awq, part, linear, pieces, {})]
+                    str(part.of): np.concatenate(
+                        [t.copy() for t in encoder.tiles(awq, part, linear, pieces, {})]
+                    )
                     for part in awq.parts(linear)
                 }
                 arrays.append(_weight(rows, linear, linear.scales))
@@ -491,33 +495,46 @@ class Check:
 
     # --- product
 
-    def _sample(self, module: Stored) -> _Sample:
-        """Which columns of a module to multiply: a window that its layout can be cut at."""
-        linear = module.linear
-        parts = (*layout(module.layout).parts(linear), *layout("awq").parts(linear))
-        grain = lcm(*(max(a.logical for a in p.layout(linear).axes if a.dim == 1) for p in parts))
+    def _sample(self, module: Stored, *, alone: bool = False) -> _Sample:
+        """Which window of a module to multiply: one that its layouts and groups can be cut at.
+
+        `alone`: it is shown the AWQ bytes of its own expert, and not those of all.
+        """
+        linear, original = module.linear, module.original().linear
+        awq, stored = layout("awq").parts(original), replace(module, kept={}).arrays().values()
+        parts = [*awq, *(part for part, _ in stored)]
         random = np.random.default_rng(int(digest(module.name.encode())[:8], 16))
-        width = min(linear.N, -(-self.columns // grain) * grain)
-        start = int(random.integers(0, (linear.N - width) // grain + 1)) * grain
+        ranges = []
+        for dim, (size, wanted) in enumerate(zip((linear.K, linear.N), self.window, strict=True)):
+            grain = lcm(*(_grain(part, linear, dim) for part in parts))
+            length = min(size, -(-wanted // grain) * grain)
+            start = int(random.integers(0, (size - length) // grain + 1)) * grain
+            ranges.append((start, start + length))
         expert = int(random.integers(0, module.experts))
-        return _Sample(linear, start, width, expert, random)
+        shown = 0 if alone else expert
+        (k0, k1), (n0, n1) = ranges
+        return _Sample(
+            replace(linear, K=k1 - k0, N=n1 - n0, g=min(linear.g, k1 - k0), bias=None),
+            expert,
+            random,
+            {info: _Window(info.start, part, linear, expert, *ranges) for part, info in stored},
+            {part.of: _Window(0, part, original, shown, *ranges) for part in awq},
+        )
 
     def _product(self, module: Stored, sample: _Sample) -> tuple[float, float, float, str]:
         """Relative error, its bound, the largest error, and what is beyond the bound, if any."""
         from awqconv.kernels import bounds
 
         assert self.multiply
-        linear = replace(module.linear, N=sample.width, bias=None)
-        target = layout(module.layout)
-        as_is = replace(module, kept={})
-        packed: dict[str, Bytes] = {}
-        for part in target.parts(module.linear):
-            feed = Feed(self.reader, as_is, part.of, {}, budget=0, expert=sample.expert)
-            window = feed.window(1, sample.start, sample.start + sample.width)[0]
-            packed[part.suffix] = window.copy()
-        x = bounds.activations(ROWS, linear.K, sample.random)
-        was = replace(module.original().linear, N=sample.width)
-        weight = _weight(sample.rows, was, linear.scales)["w"]
+        linear, target = sample.linear, layout(module.layout)
+        packed = {
+            part.suffix: sample.stored[module.tensors[part.suffix]].kept.reshape(-1)
+            for part in target.parts(module.linear)
+        }
+        x = bounds.activations(ACTIVATIONS, linear.K, sample.random)
+        was = replace(linear, scales=module.original().linear.scales)
+        rows = {of: window.kept.reshape(-1) for of, window in sample.awq.items()}
+        weight = _weight(rows, was, linear.scales)["w"]
         y, x, arithmetic = self.multiply(x, packed, target, linear)
         exact = bounds.product(x, weight)
         return bounds.judge(y, exact, x, weight, target, linear, arithmetic=arithmetic)
@@ -538,7 +555,7 @@ class Kernel:
         from awqconv.kernels import bounds, cpu
 
         if self.name == "cpu":
-            return cpu.gemm(x, packed, target, linear), x, None
+            return cpu.sample(x, packed, target, linear), x, None
         import torch
 
         from awqconv.kernels import triton
@@ -589,42 +606,86 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-@dataclass
+def _grain(part: Part, linear: Linear, dim: int) -> int:
+    """What a window must begin and end at in K (`dim` 0) or N (1), so that it is a layout."""
+    axes = part.layout(linear).axes
+    if axes[0].dim == axes[1].dim != dim:
+        return linear.K if dim == 0 else linear.N
+    rows = linear.g if dim == 0 and part.of in "zs" else 1
+    return rows * max(axis.logical for axis in axes if axis.dim == dim)
+
+
+class _Window(Hasher):
+    """A digest of a stored tensor, of bytes from `start` on, that keeps a window of one expert.
+
+    Of rows `k` and columns `n` of the weight, each (first, end); what belongs to them is `kept`,
+    uint8 [any, any], and is itself in the layout.
+    """
+
+    def __init__(
+        self, start: int, part: Part, linear: Linear, expert: int, k: tuple[int, int], n: Any
+    ) -> None:
+        super().__init__(start)
+        rows = linear.g if part.of in "zs" else 1
+        ranges = ((k[0] // rows, -(-k[1] // rows)), n)
+        outer, second = part.layout(linear).axes[:2]
+        self._unit, each = (axis.stored * part.bits // 8 for axis in (outer, second))
+        first, end = (i // outer.logical for i in ranges[outer.dim])
+        self._low, self._high = 0, self._unit
+        if second.dim != outer.dim:
+            self._low, self._high = (i // second.logical * each for i in ranges[second.dim])
+        self._base = start + expert * part.nbytes(linear) + first * self._unit
+        self.kept = np.empty((end - first, self._high - self._low), np.uint8)
+
+    def update(self, offset: int, data: Bytes) -> None:
+        """Take in bytes at an offset; ignored where they are not the next ones."""
+        if offset == self.position:
+            before = max(0, self._base - offset)
+            self._keep(offset + before - self._base, data[before:])
+        super().update(offset, data)
+
+    def _keep(self, at: int, data: Bytes) -> None:
+        low, high, unit = self._low, self._high, self._unit
+        while len(data) and at < len(self.kept) * unit:
+            row, begin = divmod(at, unit)
+            if begin or len(data) < unit:  # a part of a unit
+                size = min(unit - begin, len(data))
+                first, end = max(low, begin), min(high, begin + size)
+                if first < end:
+                    self.kept[row, first - low : end - low] = data[first - begin : end - begin]
+            else:
+                rows = min(len(data) // unit, len(self.kept) - row)
+                size = rows * unit
+                self.kept[row : row + rows] = data[:size].reshape(rows, unit)[:, low:high]
+            at, data = at + size, data[size:]
+
+
+@dataclass(frozen=True)
 class _Sample:
-    """A window of one expert's columns, and its AWQ rows as they pass by."""
+    """A window of one expert, `linear` its shape: its arrays as stored, and in AWQ form."""
 
     linear: Linear
-    start: int
-    width: int
     expert: int
     random: np.random.Generator
-    rows: dict[str, list[Bytes]] = field(default_factory=lambda: defaultdict(list))
-
-    def take(self, part: Part, linear: Linear, tile: Bytes) -> None:
-        """Keep the window of a tile of AWQ rows."""
-        row = part.nbytes(linear) // linear.shape(part.of)[0]
-        low, high = (row * n // linear.N for n in (self.start, self.start + self.width))
-        self.rows[part.of].append(tile.reshape(-1, row)[:, low:high].copy())
+    stored: dict[TensorInfo, _Window]
+    awq: dict[str, _Window]
 
 
-def _weight(
-    rows: Mapping[str, Sequence[Bytes]], linear: Linear, scales: str
-) -> dict[str, NDArray[Any]]:
+def _weight(rows: Mapping[str, Bytes], linear: Linear, scales: str) -> dict[str, NDArray[Any]]:
     """Codes, zero points, scales and the float64 weight [K, N] of AWQ bytes, by plain numpy.
 
     The weight is that of scales rounded to the dtype `scales`.
     """
     found: dict[str, NDArray[Any]] = {}
     for of in "qz":
-        packed = np.concatenate(rows[of])
-        found[of] = reference.unpack(packed, layouts.AWQ, linear.shape(of))
-    raw = np.concatenate(rows["s"]).reshape(-1).view(RAW[linear.scales])
+        found[of] = reference.unpack(rows[of], layouts.AWQ, linear.shape(of))
+    raw = rows["s"].view(RAW[linear.scales])
     rounded = caster(linear.scales, scales)(raw.reshape(linear.shape("s")))
     found["s"] = to_float32(rounded, scales)
-    offset = (
-        found["q"].view(np.int8).reshape(linear.G, linear.g, -1) - found["z"].view(np.int8)[:, None]
-    )
-    found["w"] = np.multiply(offset, found["s"][:, None], dtype=np.float64).reshape(linear.K, -1)
+    groups = found["q"].astype(np.float64).reshape(linear.G, linear.g, -1)
+    groups -= found["z"][:, None]
+    groups *= found["s"][:, None]
+    found["w"] = groups.reshape(linear.K, -1)
     return found
 
 

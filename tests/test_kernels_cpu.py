@@ -121,9 +121,10 @@ def layer(target: Target, *shape: int, **more: str) -> Linear:
 @pytest.mark.parametrize("target", EVERY, ids=repr)
 def test_products_are_within_their_bound(target):
     for case in each(target):
-        verdict = case.judge(cpu.gemm(case.x, case.packed, target, case.linear))
-        assert not verdict.beyond, (case.linear, verdict)
-        assert verdict.error <= verdict.bound
+        for product in (cpu.gemm, cpu.sample):
+            verdict = case.judge(product(case.x, case.packed, target, case.linear))
+            assert not verdict.beyond, (product, case.linear, verdict)
+            assert verdict.error <= verdict.bound
 
 
 @pytest.mark.parametrize("target", EVERY, ids=repr)
@@ -209,7 +210,8 @@ def test_one_flipped_bit_is_beyond_the_bound(name):
             flat = packed[part.suffix].view(np.uint8).reshape(-1)
             at = random.integers(len(flat))
             flat[at] ^= 1 << random.integers(8)
-            assert case.judge(cpu.gemm(x, packed, target, linear), x).beyond, (part, at)
+            for product in (cpu.gemm, cpu.sample):
+                assert case.judge(product(x, packed, target, linear), x).beyond, (part, at)
 
 
 @pytest.mark.parametrize("target", EVERY, ids=repr)

@@ -71,8 +71,8 @@ class ShardedCheck(Check):
 
     def _share(self, module: Stored) -> Looked:
         """A module of a rank."""
-        hashers: dict[TensorInfo, Hasher] = {}
-        sample = self._sample(module) if self.multiply else None
+        sample = self._sample(module, alone=True) if self.multiply else None
+        hashers: dict[TensorInfo, Hasher] = dict(sample.stored) if sample else {}
         infos = list(module.tensors.values())
         found: list[str] = []
         try:
@@ -80,9 +80,9 @@ class ShardedCheck(Check):
             awq = layout("awq")
             for part in awq.parts(module.linear) if sample else ():
                 assert sample
-                pieces = self._source(module)[sample.expert]
+                window, pieces = sample.awq[part.of], self._source(module)[sample.expert]
                 for tile in self.encoder.tiles(awq, part, module.linear, pieces, hashers):
-                    sample.take(part, module.linear, tile)
+                    window.update(window.position, tile)
         except AwqconvError as wrong:
             found, sample = [wrong.what], None
         problems = [p for info in infos for p in self._digest(info, hashers.get(info))]

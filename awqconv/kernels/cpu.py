@@ -6,6 +6,8 @@ over blocks of at most 128 rows that lie within one group i:
 
     y[m, n] = bias[n] + sum over blocks of s[i, n] * (sum over the block's k of x[m, k] (q - z))
 
+`sample` does the same for a few columns in numpy, and so needs nothing compiled.
+
 q - z is exact, so `roundings` counts few steps from a product to y, and one flipped bit of one
 code tends to exceed the error that `bounds` derives from them.
 
@@ -19,8 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
+from math import gcd
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,32 +42,71 @@ BLOCK = 128  # rows: of engines' AMX blocks too, whose sums float32 holds exactl
 TILE = 512  # columns that are multiplied together
 
 
-class Tables(NamedTuple):
-    """Where `loops.multiply` finds each element, with B blocks, and W words across n columns.
+class Order(NamedTuple):
+    """Where `loops.multiply` finds each code: B blocks, W words across n columns.
 
     Rows of a block and columns are taken in storage order. Where all words hold the same rows and
     columns at the same nibbles, `rows` and `columns` address words and a word is loaded once for
     all its nibbles; else each element has a word of its own.
     """
 
-    words: NDArray[np.uint32]
     rows: Positions  # [K / rows in a word]
     columns: Positions  # [W]
     shifts: NDArray[np.uint32]  # [rows in a word, columns in a word], bits
-    xor: np.uint32
     ks: NDArray[np.int64]  # [K] the logical row of each row that is multiplied
     ns: NDArray[np.int64]  # [n] the output column of each column
     blocks: NDArray[np.int64]  # [B, 3]: first row, last row, group
+    width: int  # words across a tile
+
+
+class Tables(NamedTuple):
+    """What one layer has at those places, columns in storage order."""
+
+    words: NDArray[np.uint32]
+    xor: np.uint32
     zeros: Floats  # [G, n]
     scales: Floats  # [G, n]
     minus: Floats  # [B, n], 128 times the compensation, or [0, 0]
-    width: int  # words across a tile
+
+
+def _offsets(part: Part, linear: Linear, columns: NDArray[np.int64]) -> tuple[Positions, Positions]:
+    """Where rows, and where some columns, lie in a part: in elements."""
+    layout = part.layout(linear)
+    rows = layout.offsets(0) + layout.offset
+    return rows.astype(np.uint64), layout.offsets(1)[columns].astype(np.uint64)
+
+
+@lru_cache(maxsize=16)
+def _order(part: Part, linear: Linear, chosen: bytes) -> Order:
+    """Where the codes of some columns, int64 numbers as bytes, lie."""
+    K, g = linear.K, linear.g
+    length = part.pattern.granule(0) if part.pattern.pad else BLOCK
+    starts = np.array([k for i in range(0, K, g) for k in range(i, i + g, length)], np.int64)
+    blocks = np.stack((starts, np.append(starts[1:], K), starts // g), 1)
+
+    off_k, off_n = _offsets(part, linear, np.frombuffer(chosen, np.int64))
+    ks = np.concatenate([start + np.argsort(off_k[start:end]) for start, end, _ in blocks])
+    ns = np.argsort(off_n)
+    (rows, in_k), (columns, in_n) = _by_word(off_k[ks], starts), _by_word(off_n[ns])
+    if max(in_k) + max(in_n) + max(rows % 8) + max(columns % 8) > 7:
+        (rows, in_k), (columns, in_n) = (off_k[ks], _FIRST), (off_n[ns], _FIRST)
+
+    tiles = -(-len(ns) // TILE)
+    width = -(-len(columns) // tiles // 8) * 8
+    # A tile takes the columns at a word's first nibble, then those at its next, and so on.
+    by_word = ns.reshape(-1, len(in_n))
+    ns = np.concatenate(
+        [by_word[j : j + width].T.reshape(-1) for j in range(0, len(columns), width)]
+    )
+    shifts = (4 * (in_k[:, None] + in_n)).astype(np.uint32)
+    return Order(rows, columns, shifts, ks, ns, blocks, width)
 
 
 class Weight:
     """A layer's packed tensors, addressed. `packed` has them by suffix, as bytes of any dtype.
 
-    `columns` (int64, any order) samples the output's n columns; without it n = N. Raises
+    `columns` (int64, any order) samples the output's n columns; without it n = N. `compiled`: by
+    compiled loops, which take a moment to load, or by numpy, which suits a few columns. Raises
     AwqconvError for a tensor that is missing or of the wrong size.
     """
 
@@ -74,8 +116,10 @@ class Weight:
         target: Target,
         linear: Linear,
         columns: NDArray[np.int64] | None = None,
+        *,
+        compiled: bool = True,
     ) -> None:
-        self.linear, self.packed = linear, packed
+        self.linear, self.packed, self.compiled = linear, packed, compiled
         self.columns = np.arange(linear.N) if columns is None else np.asarray(columns, np.int64)
         self.parts = {part.of: part for part in target.parts(linear)}
         self.bias: Floats | None = None
@@ -86,7 +130,8 @@ class Weight:
             self.w = self._numbers(self.parts["w"])
         else:
             self.z, self.s = self._zeros(), self._numbers(self.parts["s"])
-            self.tables = self._address()
+            self.order = _order(self.parts["q"], linear, self.columns.tobytes())
+            self.tables = self._tables()
 
     def gemm(self, x: Floats, threads: int = 1) -> Floats:
         """x [M, K] @ w [K, n] + bias: float32 [M, n], on this thread and threads - 1 others.
@@ -127,10 +172,7 @@ class Weight:
         return self._nibbles(self.parts["q"]), self.z.astype(np.uint8), self.s
 
     def _offsets(self, part: Part) -> tuple[Positions, Positions]:
-        """Where rows, and where this weight's columns, lie in a part: in elements."""
-        layout = part.layout(self.linear)
-        rows = layout.offsets(0) + layout.offset
-        return rows.astype(np.uint64), layout.offsets(1)[self.columns].astype(np.uint64)
+        return _offsets(part, self.linear, self.columns)
 
     def _words(self, part: Part) -> NDArray[np.uint32]:
         raw = _raw(self.packed, part.suffix, np.dtype(np.uint8), part.nbytes(self.linear))
@@ -140,8 +182,14 @@ class Weight:
 
     def _nibbles(self, part: Part) -> NDArray[np.uint8]:
         rows, columns = self._offsets(part)
+        words = self._words(part)
+        if not self.compiled:
+            at = rows[:, None] + columns
+            shifts = (at.astype(np.uint32) & 7) << 2
+            codes = words[at >> 3] >> shifts & 15
+            return np.asarray(codes ^ part.xor, np.uint8)
         out = np.empty((len(rows), len(columns)), np.uint8)
-        _loops().nibbles(self._words(part), rows, columns, part.xor, out)
+        _loops().nibbles(words, rows, columns, part.xor, out)
         return out
 
     def _numbers(self, part: Part) -> Floats:
@@ -157,42 +205,17 @@ class Weight:
             return self._nibbles(part).astype(np.float32)
         return (self._numbers(part) - np.float32(part.offset)) * np.float32(part.sign)
 
-    def _address(self) -> Tables:
-        part, K, g = self.parts["q"], self.linear.K, self.linear.g
-        length = part.pattern.granule(0) if part.pattern.pad else BLOCK
-        starts = np.array([k for i in range(0, K, g) for k in range(i, i + g, length)], np.int64)
-        blocks = np.stack((starts, np.append(starts[1:], K), starts // g), 1)
-
-        off_k, off_n = self._offsets(part)
-        ks = np.concatenate([start + np.argsort(off_k[start:end]) for start, end, _ in blocks])
-        ns = np.argsort(off_n)
-        (rows, in_k), (columns, in_n) = _by_word(off_k[ks], starts), _by_word(off_n[ns])
-        if max(in_k) + max(in_n) + max(rows % 8) + max(columns % 8) > 7:
-            (rows, in_k), (columns, in_n) = (off_k[ks], _FIRST), (off_n[ns], _FIRST)
-
-        tiles = -(-len(ns) // TILE)
-        width = -(-len(columns) // tiles // 8) * 8
-        # A tile takes the columns at a word's first nibble, then those at its next, and so on.
-        by_word = ns.reshape(-1, len(in_n))
-        ns = np.concatenate(
-            [by_word[j : j + width].T.reshape(-1) for j in range(0, len(columns), width)]
-        )
+    def _tables(self) -> Tables:
+        part, ns = self.parts["q"], self.order.ns
         minus = np.empty((0, 0), np.float32)
         if part.pattern.pad:
             minus = np.float32(128) * self._compensation(part)[:, ns].astype(np.float32)
         return Tables(
-            words=self._words(part),
-            rows=rows,
-            columns=columns,
-            shifts=(4 * (in_k[:, None] + in_n)).astype(np.uint32),
-            xor=np.uint32(0x11111111 * part.xor),
-            ks=ks,
-            ns=ns,
-            blocks=blocks,
-            zeros=np.ascontiguousarray(self.z[:, ns]),
-            scales=np.ascontiguousarray(self.s[:, ns]),
-            minus=np.ascontiguousarray(minus),
-            width=width,
+            self._words(part),
+            np.uint32(0x11111111 * part.xor),
+            np.ascontiguousarray(self.z[:, ns]),
+            np.ascontiguousarray(self.s[:, ns]),
+            np.ascontiguousarray(minus),
         )
 
     def _compensation(self, part: Part) -> NDArray[np.int32]:
@@ -212,11 +235,14 @@ class Weight:
         if self.tables.minus.size:
             x, alpha = quantize_rows(x)
         y = np.empty((len(x), len(self.columns)), np.float32)
+        if not self.compiled:
+            y[:, self.order.ns] = self._sums(x) * alpha[:, None]
+            return y
 
         def run(first: int, last: int) -> None:
-            _loops().multiply(*self.tables, x, alpha, first, last, y)
+            _loops().multiply(*self.tables, *self.order, x, alpha, first, last, y)
 
-        tiles = -(-len(self.tables.columns) // self.tables.width)
+        tiles = -(-len(self.order.columns) // self.order.width)
         threads = max(1, min(threads, tiles))
         mine, *rest = pairwise(tiles * i // threads for i in range(threads + 1))
         others = [_pool().submit(run, *piece) for piece in rest]
@@ -224,6 +250,24 @@ class Weight:
         for other in others:
             other.result()
         return y
+
+    def _sums(self, x: Floats) -> NDArray[np.float64]:
+        """x [M, K] @ ((q - z) * s) [M, n], columns in storage order, by numpy in float64."""
+        t, order, (G, g) = self.tables, self.order, (self.linear.G, self.linear.g)
+        M, W, n = len(x), len(order.columns), len(self.columns)
+        at = order.rows[:, None] + order.columns
+        words = (t.words[at >> 3] >> ((at.astype(np.uint32) & 7) << 2)) ^ t.xor
+        tiles = (words[:, None, None, j : j + order.width] for j in range(0, W, order.width))
+        codes = [tile >> order.shifts[:, :, None] & 15 for tile in tiles]
+        weight = np.concatenate([c.reshape(G, g, -1) for c in codes], 2, dtype=np.float64)
+        weight -= t.zeros[:, None]
+        depth = gcd(g, BLOCK)  # products so small that BLAS takes no threads of its own for them
+        rows = x[:, order.ks].astype(np.float64).reshape(M, -1, depth).swapaxes(0, 1)
+        sums = (rows @ weight.reshape(-1, depth, n)).reshape(G, -1, M, n).sum(1)
+        if t.minus.size:
+            sums -= t.minus.reshape(G, -1, 1, n).sum(1, dtype=np.float64)
+        total: NDArray[np.float64] = (sums * t.scales[:, None]).sum(0)
+        return total
 
 
 def gemm(
@@ -237,6 +281,11 @@ def gemm(
 ) -> Floats:
     """x float32 [M, K] times the packed weight, + bias: float32 [M, n]. See `Weight`."""
     return Weight(packed, target, linear, columns).gemm(x, threads)
+
+
+def sample(x: Floats, packed: Arrays, target: Target, linear: Linear) -> Floats:
+    """As `gemm`, by numpy with sums in float64: for a packed weight of few columns."""
+    return Weight(packed, target, linear, compiled=False).gemm(x)
 
 
 def dequantize(

@@ -100,23 +100,23 @@ def _add(x: Array, ks: Array, w: Array, part: Array) -> None:
 
 
 @_compile(
-    *(_input(uint32), _input(uint64), _input(uint64), _input(uint32, 2), uint32),
-    *(_input(int64), _input(int64), _input(int64, 2)),
-    *(_input(float32, 2), _input(float32, 2), _input(float32, 2), int64),
+    *(_input(uint32), uint32, _input(float32, 2), _input(float32, 2), _input(float32, 2)),
+    *(_input(uint64), _input(uint64), _input(uint32, 2)),
+    *(_input(int64), _input(int64), _input(int64, 2), int64),
     *(_input(float32, 2), _input(float32), int64, int64, float32[:, ::1]),
 )
 def multiply(
     words: Array,
-    rows: Array,
-    columns: Array,
-    shifts: Array,
     xor: Any,
-    ks: Array,
-    ns: Array,
-    blocks: Array,
     zeros: Array,
     scales: Array,
     minus: Array,
+    rows: Array,
+    columns: Array,
+    shifts: Array,
+    ks: Array,
+    ns: Array,
+    blocks: Array,
     width: int,
     x: Array,
     alpha: Array,
@@ -124,7 +124,7 @@ def multiply(
     last: int,
     y: Array,
 ) -> None:
-    """Tiles first..last of y = alpha x @ ((q - z) * s); the arguments up to x are a `cpu.Tables`.
+    """Tiles first..last of y = alpha x @ ((q - z) * s), of a `cpu.Tables` and a `cpu.Order`.
 
     For each block of rows k within a group i, in float32:
 
