@@ -10,11 +10,15 @@ whatever else decides its instructions, and compiled the first time it is asked 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
+from pathlib import Path
 from typing import Any, NamedTuple, cast
+
+from awqconv.digest import digest
 
 LINE = 64  # bytes of a register: a cache line, and an AVX-512 vector
 SLOTS = LINE.bit_length()  # log2 of its nibbles
@@ -59,18 +63,47 @@ def _compile(text: str) -> Function:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
+    cpu, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
     machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+        cpu=cpu, features=features, opt=3
     )
-    module = llvm.parse_assembly(text)
-    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=1))
-    passes.getModulePassManager().run(module, passes)
-    engine = llvm.create_mcjit_compiler(module, machine)
+
+    def compiled() -> bytes:
+        module = llvm.parse_assembly(text)
+        passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(1))
+        passes.getModulePassManager().run(module, passes)
+        return cast(bytes, machine.emit_object(module))
+
+    key = "\n".join((text, cpu, features, str(llvm.llvm_version_info)))
+    code = _cached(digest(key.encode()), compiled)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     function: Any = kind(engine.get_function_address("f"))
     function.engine = engine  # it owns the code
     return cast(Function, function)
+
+
+def _cached(name: str, make: Callable[[], bytes]) -> bytes:
+    """What `make` returns, kept in the user's cache folder where that can be written.
+
+    A file is taken that is whole and the user's own: it is code that will run.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(root, "awqconv", name)
+    with suppress(OSError), path.open("rb") as file:
+        begin, data = file.read(32), file.read()
+        own = os.fstat(file.fileno()).st_uid == os.geteuid()
+        if own and begin == digest(data).encode():
+            return data
+    data = make()
+    with suppress(OSError):
+        path.parent.mkdir(0o700, parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")  # `compiled` lets one thread in
+        new.write_bytes(digest(data).encode() + data)
+        new.replace(path)
+    return data
 
 
 class Code:

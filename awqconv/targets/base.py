@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from math import prod
 from pkgutil import iter_modules
 from typing import Any, Literal
@@ -200,13 +199,22 @@ class Dense(Target):
 
 
 @cache
-def _registry() -> dict[str, Target]:
+def _own() -> dict[str, Target]:
+    """The targets of this package, and the fallback layout."""
     found: dict[str, Target] = {"bf16": Dense()}
     package = import_module("awqconv.targets")
     for entry in iter_modules(package.__path__):
         if entry.name != "base":
             target = import_module(f"awqconv.targets.{entry.name}").TARGET
             found[target.name] = target
+    return found
+
+
+@cache
+def _registry() -> dict[str, Target]:
+    from importlib.metadata import entry_points  # slow to import, and to run
+
+    found = dict(_own())
     for point in entry_points(group="awqconv.targets"):
         target = point.load()
         if not isinstance(target, Target) or target.name in found:
@@ -222,7 +230,7 @@ def _registry() -> dict[str, Target]:
 def layout(name: str) -> Target:
     """The target or fallback layout of this name. Raises AwqconvError with the known names."""
     try:
-        return _registry()[name]
+        return _own().get(name) or _registry()[name]
     except KeyError:
         known = ", ".join(target.name for target in targets())
         raise AwqconvError(f"no target is named {name!r}", fix=f"known targets: {known}") from None
