@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from math import lcm
+from math import lcm, prod
 from typing import Any
 
 import numpy as np
@@ -330,7 +330,7 @@ class Check:
                 cast = caster(was, info.dtype)(chunk.view(RAW[was]))
                 same = np.array_equal(raw, cast.view(np.uint8))
             else:
-                same = np.array_equal(chunk, next(mine))
+                same = _same(chunk, next(mine))
             if not same:
                 return [Problem(info.name, "its bytes are not the source's")]
         return []
@@ -379,7 +379,7 @@ class Check:
             for e in range(module.experts):
                 for tile in self._tiles(awq, part, linear, original, e, hashers):
                     right = self._source_tile(info, hasher.position, tile) if info else tile
-                    same &= right is tile or np.array_equal(right, tile)
+                    same &= right is tile or _same(right, tile)
                     hasher.update(hasher.position, right)
             if not same or (not info and hasher.hexdigest() != expected[part.suffix]):
                 wrong = True
@@ -398,49 +398,52 @@ class Check:
 
         `experts`: what to make each expert from, with scales of dtype `scales`.
         """
-        target = layout(module.layout)
-        for part in target.parts(module.linear):
-            placed = part.coded or (part.of == "s" and part.dtype == scales)
+        target, linear = layout(module.layout), module.linear
+        for part in target.parts(linear):
+            # An int8 zero point is one of 16 values, each written in one way.
+            placed = part.coded or part.dtype == (scales if part.of == "s" else "I8")
             if placed and not part.pattern.pad:
                 continue
-            info = module.tensors[part.suffix]
-            position = info.start
-            for pieces in experts:
-                again = self._padding if placed else self._whole
-                for stored, tile in again(target, part, module.linear, pieces, info, position):
-                    if not np.array_equal(stored, tile):
-                        at = position - info.start + int((stored != tile).argmax())
-                        yield (
-                            f"its {part.suffix} does not follow from its AWQ form: byte {at:,} "
-                            "is wrong"
-                        )
-                        return
-                    position += len(tile)
+            info, size = module.tensors[part.suffix], part.nbytes(linear)
+            again = self._padding if placed else self._whole
+            for e, pieces in enumerate(experts):
+                for at in again(target, part, linear, pieces, info, info.start + e * size):
+                    yield (
+                        f"its {part.suffix} does not follow from its AWQ form: byte "
+                        f"{at - info.start:,} is wrong"
+                    )
+                    return
 
     def _whole(
         self, target: Target, part: Part, linear: Linear, pieces: Pieces, info: TensorInfo, at: int
-    ) -> Iterator[tuple[Bytes, Bytes]]:
-        """Tiles of one expert's part, which begins at an offset of its file: stored, and right."""
+    ) -> Iterator[int]:
+        """Offsets in its file of wrong bytes of one expert's part, which begins at `at`."""
         for tile in self.encoder.tiles(target, part, linear, pieces, {}):
-            yield self._stored(info, at, len(tile)), tile
+            stored = self._stored(info, at, len(tile))
+            if not _same(stored, tile):
+                yield at + int((stored != tile).argmax())
             at += len(tile)
 
     def _padding(
         self, target: Target, part: Part, linear: Linear, pieces: Pieces, info: TensorInfo, at: int
-    ) -> Iterator[tuple[Bytes, Bytes]]:
-        """The same where only the padding can be wrong, made again in a copy."""
+    ) -> Iterator[int]:
+        """The same where only the padding can be wrong."""
         zeros = self.encoder.zeros(pieces, linear, {})
-        outer = part.layout(linear).axes[0]
-        unit = outer.stored * part.bits // 8
+        bound = part.layout(linear)
+        outer, codes = bound.axes[0], prod(bound.stored[-2:])
+        unit, block = (n * part.bits // 8 for n in (outer.stored, codes + part.pattern.pad))
+        padding = codes * part.bits // 8
         step = max(1, TILE // unit)
         for start in range(0, outer.size, step):
             stop = min(start + step, outer.size)
             stored = self._stored(info, at + start * unit, (stop - start) * unit)
-            tile = self.reader.arena.take("output", len(stored))
-            tile[:] = stored
+            blocks = stored.reshape(-1, block)[:, padding:]
+            before = blocks.copy()
             columns = zeros[:, start * outer.logical : stop * outer.logical]
-            target.derive(part, linear, tile, columns)
-            yield stored, tile
+            target.derive(part, linear, stored, columns)
+            if not np.array_equal(before, blocks):
+                row, byte = np.argwhere(before != blocks)[0]
+                yield at + start * unit + int(row * block + padding + byte)
 
     def _stored(self, info: TensorInfo, at: int, size: int) -> Bytes:
         buffer = self.reader.arena.take("compare", size)
@@ -687,6 +690,14 @@ def _weight(rows: Mapping[str, Bytes], linear: Linear, scales: str) -> dict[str,
     groups *= found["s"][:, None]
     found["w"] = groups.reshape(linear.K, -1)
     return found
+
+
+def _same(a: Bytes, b: Bytes) -> bool:
+    """Whether two tiles have the same bytes."""
+    whole = len(a) // 8 * 8
+    return np.array_equal(a[:whole].view("u8"), b[:whole].view("u8")) and bool(
+        (a[whole:] == b[whole:]).all()
+    )
 
 
 def _nbytes(item: TensorInfo | Stored) -> int:
