@@ -248,6 +248,7 @@ def verify(
     columns: Annotated[
         int, typer.Option("--columns", min=0, help="Output columns to multiply; 0 for none.")
     ] = 64,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows of K to sum over.")] = 1024,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     kernel: Annotated[str, typer.Option("--kernel", help="auto, triton or cpu.")] = "auto",
     jobs: Jobs = None,
@@ -269,6 +270,7 @@ def verify(
             source=source,
             modules=modules,
             columns=columns,
+            rows=rows,
             device=device,
             kernel=kernel,
             jobs=jobs,
@@ -526,6 +528,7 @@ def _console(*, json_mode: bool = False, quiet: bool = False) -> Console:
 
 def main() -> NoReturn:
     """Run the command line. Exits 0: done, 1: verification failed, 2: bad input, 130: stopped."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would only spin
     try:
         app()
     except AwqconvError as error:

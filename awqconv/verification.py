@@ -503,25 +503,32 @@ class Check:
 
         `alone`: it is shown the AWQ bytes of its own expert, and not those of all.
         """
-        linear, original = module.linear, module.original().linear
+        target, linear, original = layout(module.layout), module.linear, module.original().linear
         awq, stored = layout("awq").parts(original), replace(module, kept={}).arrays().values()
         parts = [*awq, *(part for part, _ in stored)]
         random = np.random.default_rng(int(digest(module.name.encode())[:8], 16))
-        ranges = []
-        for dim, (size, wanted) in enumerate(zip((linear.K, linear.N), self.window, strict=True)):
-            grain = lcm(*(_grain(part, linear, dim) for part in parts))
+
+        def span(dim: int, wanted: int) -> tuple[int, int]:
+            size, grain = (linear.K, linear.N)[dim], lcm(*(_grain(p, linear, dim) for p in parts))
             length = min(size, -(-wanted // grain) * grain)
             start = int(random.integers(0, (size - length) // grain + 1)) * grain
-            ranges.append((start, start + length))
+            return start, start + length
+
+        def cut() -> Linear:
+            K = k[1] - k[0]
+            return replace(linear, K=K, N=n[1] - n[0], g=min(linear.g, K), bias=None)
+
+        k, n = (span(dim, wanted) for dim, wanted in enumerate(self.window))
+        if target.parts(cut()) != target.parts(linear):  # a single group may have its own layout
+            k = 0, linear.K
         expert = int(random.integers(0, module.experts))
         shown = 0 if alone else expert
-        (k0, k1), (n0, n1) = ranges
         return _Sample(
-            replace(linear, K=k1 - k0, N=n1 - n0, g=min(linear.g, k1 - k0), bias=None),
+            cut(),
             expert,
             random,
-            {info: _Window(info.start, part, linear, expert, *ranges) for part, info in stored},
-            {part.of: _Window(0, part, original, shown, *ranges) for part in awq},
+            {info: _Window(info.start, part, linear, expert, k, n) for part, info in stored},
+            {part.of: _Window(0, part, original, shown, k, n) for part in awq},
         )
 
     def _product(self, module: Stored, sample: _Sample) -> tuple[float, float, float, str]:

@@ -35,6 +35,7 @@ class Usage:
 def measured(command: Sequence[object]) -> Usage:
     """Run a command to its end. Raises RuntimeError with what it said if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     with tempfile.TemporaryFile("w+") as said:
         began = time.perf_counter()
         process = subprocess.Popen(

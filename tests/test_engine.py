@@ -227,6 +227,39 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failures
 
 
+def test_compiled_code_is_kept_and_checked(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[int] = []
+
+    def code() -> bytes:
+        made.append(1)
+        return b"code" * len(made)
+
+    assert codegen._cached("name", code) == b"code" == codegen._cached("name", code)
+    (file,) = (tmp_path / "awqconv").iterdir()
+    for damaged in (b"", file.read_bytes()[:-1], b"\xff" + file.read_bytes()[1:]):
+        file.write_bytes(damaged)
+        before = len(made)
+        assert codegen._cached("name", code) == b"code" * (before + 1)
+        assert codegen._cached("name", code) == b"code" * (before + 1)
+    monkeypatch.setattr(codegen.os, "geteuid", lambda: -1)  # somebody else's
+    assert codegen._cached("name", code) == b"code" * 5
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # where no folder can be
+    assert codegen._cached("name", code) == b"code" * 6
+
+
+def test_kernels_of_another_process_are_taken(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    a, b = layouts.AWQ.bind((256, 320)), layouts.MARLIN.bind((256, 320))
+    times = []
+    for _ in range(2):
+        monkeypatch.setattr(codegen, "_functions", {})
+        check(a, b)
+        times.append({f.name: f.stat().st_mtime_ns for f in (tmp_path / "awqconv").iterdir()})
+        assert len(times[-1]) == len(codegen._functions) > 0
+    assert times[0] == times[1]
+
+
 LAYOUT = layouts.AWQ.bind((4, 16))
 GOOD = {
     "src": np.zeros(32, np.uint8), "a": LAYOUT, "dst": np.zeros(32, np.uint8), "b": LAYOUT,

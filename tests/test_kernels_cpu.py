@@ -7,6 +7,7 @@ vendors' own.
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -73,13 +74,27 @@ class Case:
         self.s = to_float32(self.raw, linear.scales)
         difference = self.q.astype(np.int64) - np.repeat(self.z, linear.g, 0)
         self.w = difference * np.repeat(self.s.astype(np.float64), linear.g, 0)
-        self.packed = {part.suffix: self._pack(part, difference) for part in target.parts(linear)}
+        self.packed = self._pack_all()
         self.bias = None
         if linear.bias:
             bias = from_float32(random.standard_normal(linear.N).astype(np.float32), linear.bias)
             self.bias = to_float32(bias, linear.bias)
             self.packed["bias"] = from_float32(self.bias, target.bias(linear) or "")
         self.x = random.standard_normal((5, linear.K)).astype(np.float32)
+
+    def window(self, k: slice, n: slice) -> dict[str, np.ndarray]:
+        """The tensors of some rows, whole groups, and columns, as the reference packs them."""
+        g = self.linear.g
+        some, groups = copy(self), (slice(k.start // g, -(-k.stop // g)), n)
+        some.q, some.w, some.z, some.s = self.q[k, n], self.w[k, n], self.z[groups], self.s[groups]
+        shape = {"K": k.stop - k.start, "N": n.stop - n.start, "g": min(g, k.stop - k.start)}
+        some.linear = replace(self.linear, **shape)
+        return some._pack_all()
+
+    def _pack_all(self) -> dict[str, np.ndarray]:
+        difference = self.q.astype(np.int64) - np.repeat(self.z, self.linear.g, 0)
+        parts = self.target.parts(self.linear)
+        return {part.suffix: self._pack(part, difference) for part in parts}
 
     def _pack(self, part: Part, difference: np.ndarray) -> np.ndarray:
         if part.coded:

@@ -6,17 +6,21 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from test_convert import SHAPES
+from test_kernels_cpu import EVERY, Case, layer
 
 import awqconv
+from awqconv import verification
 from awqconv.checkpoint.header import read_header
 from awqconv.checkpoint.model import KEPT
 from awqconv.checkpoint.source import Folder
+from awqconv.digest import digest
 from awqconv.errors import AwqconvError
 from awqconv.targets import layout
 
@@ -156,6 +160,43 @@ def test_the_product_finds_a_wrong_order(source, tmp_path, monkeypatch):
     found = awqconv.verify(tmp_path / "out", source=source)
     beyond = {m.module for m in found.modules if m.error > m.bound}
     assert {"a", "b", "g"} <= beyond
+
+
+@pytest.mark.parametrize("target", EVERY, ids=repr)
+@pytest.mark.parametrize("shape", [(512, 384, 64), (256, 192, 256)])
+def test_a_window_of_a_layout_is_the_layout_of_a_window(target, shape):
+    """Whatever the pieces that its bytes arrive in, of the second of three experts."""
+    linear = layer(target, *shape)
+    case, random = Case(target, linear), np.random.default_rng(6)
+    parts = (*target.parts(linear), *layout("awq").parts(linear))
+    for part in target.parts(linear):
+        own = np.ascontiguousarray(case.packed[part.suffix]).reshape(-1).view(np.uint8)
+        stored = np.concatenate([~own, own, ~own])
+        grains = [
+            np.lcm.reduce([verification._grain(p, linear, dim) for p in parts]) for dim in (0, 1)
+        ]
+        for _ in range(12):
+            ends = [
+                sorted(random.choice(size // grain + 1, 2, replace=False) * grain)
+                for size, grain in zip((linear.K, linear.N), grains, strict=True)
+            ]
+            if shape[0] > ends[0][1] - ends[0][0] == shape[2]:
+                continue  # a single group of several, which Marlin stores in another order
+            window = verification._Window(24, part, linear, 1, *map(tuple, ends))
+            cuts = sorted({0, *random.integers(0, len(stored), 9), len(stored)})
+            for low, high in pairwise(cuts):
+                window.update(24 + low, stored[low:high])
+            right = case.window(*(slice(*end) for end in ends))[part.suffix]
+            right = np.ascontiguousarray(right).reshape(-1).view(np.uint8)
+            assert np.array_equal(window.kept.reshape(-1), right)
+            assert window.hexdigest() == digest(stored)
+
+
+def test_less_may_be_multiplied(converted, source):
+    found = awqconv.verify(converted, rows=64, columns=32)
+    assert found.ok
+    assert "64 of K rows and 32 of N columns" in found.sampled
+    assert found.nearest
 
 
 def test_missing_extra_and_changed_files_are_named(copy, source):
