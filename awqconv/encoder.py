@@ -8,7 +8,7 @@ a tile of memory: the source tensor is then held whole if there is room, and els
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd, lcm
 from typing import Any
 
@@ -314,9 +314,8 @@ def _slice(at: Layout, dim: int, start: int, size: int, step: int = 1) -> Layout
     if step == 1:
         return at if (start, size) == (0, at.shape[dim]) else at.slice(dim, start, start + size)
     (axis,) = (axis for axis in at.axes if axis.dim == dim)  # groups are one axis in every pattern
-    wide = replace(axis, size=size, stored=axis.stored * step)
-    return replace(
-        at,
+    wide = axis._replace(size=size, stored=axis.stored * step)
+    return at._replace(
         shape=tuple(size if d == dim else n for d, n in enumerate(at.shape)),
         axes=tuple(wide if a is axis else a for a in at.axes),
         offset=at.offset + start * axis.stored,

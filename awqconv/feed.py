@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,7 +133,7 @@ class Feed:
         if outer.dim == dim:
             unit = outer.stored * self.part.bits // 8
             low, high = start // outer.logical, stop // outer.logical
-            piece = replace(self.layout.slice(dim, start, stop), offset=0)
+            piece = self.layout.slice(dim, start, stop)._replace(offset=0)
             return self._read(self._use, low * unit, high * unit), piece
         if not (self._first <= start and stop <= self._last):
             length = self.layout.shape[dim]

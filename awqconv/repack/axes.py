@@ -18,9 +18,9 @@ rules, kernel addresses) is read off those strides.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,7 @@ from awqconv.errors import AwqconvError
 Group = tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Axis:
+class Axis(NamedTuple):
     """One digit of an index: `size` values, `dim`-th logical dimension, strides in elements."""
 
     name: str
@@ -121,8 +120,7 @@ def _bind(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
     return Layout(shape, stored, tuple(reversed(axes)))
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """A pattern bound to a shape. `axes` are in storage order, outermost first.
 
     `shape` is the logical shape, `stored` the storage shape in elements (padding left out),
@@ -146,7 +144,7 @@ class Layout:
             or not 0 <= start < stop <= self.shape[dim]
         ):
             raise ValueError(f"{start}..{stop} is no slice of {self.shape} at {outer.logical}")
-        part = replace(outer, size=(stop - start) // outer.logical)
+        part = outer._replace(size=(stop - start) // outer.logical)
         return Layout(
             tuple(stop - start if d == dim else n for d, n in enumerate(self.shape)),
             self.stored,

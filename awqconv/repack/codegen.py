@@ -22,6 +22,7 @@ from awqconv.digest import digest
 
 LINE = 64  # bytes of a register: a cache line, and an AVX-512 vector
 SLOTS = LINE.bit_length()  # log2 of its nibbles
+AHEAD = 8  # rounds of a loop between the fetching of a line into the caches and its use
 
 Function = Callable[[int, int, int], None]
 
@@ -33,6 +34,7 @@ class Tile(NamedTuple):
     """What a function is compiled for. Bits 0..loads-1 are A's slots, in order.
 
     `stores` are the bits in B's slots, in order; `loops` is the depth of the nest around the tile.
+    With `jumps`, what the innermost loop reads is no sequence, and is fetched some rounds before.
     """
 
     loads: int
@@ -40,6 +42,7 @@ class Tile(NamedTuple):
     loops: int
     xor: int
     stream: bool
+    jumps: bool
 
 
 def compiled(write: Callable[..., None], *key: Hashable) -> Function:
@@ -152,6 +155,13 @@ class Code:
         value.align = 1
         return value
 
+    def prefetch(self, pointer: Any) -> None:
+        """Have a line fetched into the caches; any address will do."""
+        kinds = [pointer.type, *[self.ir.IntType(32)] * 3]
+        kind = self.ir.FunctionType(self.ir.VoidType(), kinds)
+        function = self.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+        self.b.call(function, [pointer, *(kinds[1](i) for i in (0, 3, 1))])  # to read, keep, data
+
     def store(self, value: Any, pointer: Any, stream: bool = False) -> None:
         stored = self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()))
         stored.align = LINE if stream else 1
@@ -263,6 +273,10 @@ def write_tile(code: Code, tile: Tile) -> None:
         for times, step_a, step_b in loops:
             i = nest.enter_context(code.loop(times))
             src, dst = code.at(src, i, step_a), code.at(dst, i, step_b)
+        if tile.jumps:
+            ahead = code.at(src, code.i64(AHEAD), loops[-1][1])
+            for place in sources:
+                code.prefetch(code.at(ahead, place))
         vectors = [code.load(code.at(src, place), 1 << tile.loads - 1) for place in sources]
         while vectors[0].type.count < 1 << width - 1:
             both = list(range(2 * vectors[0].type.count))

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, lru_cache, reduce
 from itertools import accumulate, pairwise, product
 from operator import mul
@@ -37,13 +36,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from awqconv.repack.axes import Layout
+from awqconv.repack.axes import Axis, Layout
 from awqconv.repack.codegen import LINE, SLOTS, Tile, compiled, write_tile
 
 Bytes = NDArray[np.uint8]
 
 _TILE = SLOTS + 4  # slots of a tile: half of AVX-512's 32 registers, for both sides of a swap
 _SCRATCH = 1 << 20  # bytes of X: what stays in a core's L2
+_JUMP = 8 * LINE  # nibbles from one read to the next: more, and no prefetcher sees a sequence
 _STREAM = 1 << 22  # bytes of a destination that would not stay there: stores bypass the caches
 
 
@@ -56,10 +56,14 @@ class Digit(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A function and its arguments: strides of the tile's bits, then count and strides of loops."""
+    """A function and its arguments: strides of the tile's bits, then count and strides of loops.
+
+    `address` is that of `params`, which looking it up each time would cost a microsecond.
+    """
 
     tile: Tile
     params: NDArray[np.int64]
+    address: int
 
 
 class Block(NamedTuple):
@@ -89,7 +93,7 @@ def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: 
         return
     for name, buffer, layout in (("src", src, a), ("dst", dst, b)):
         _check(name, buffer, np.uint8)
-        last = layout.offset + sum((axis.size - 1) * axis.stored for axis in layout.axes)
+        last = layout.offset + _extent(layout.axes)
         if layout.offset < 0 or (last + 1) * bits > buffer.size * 8:
             raise ValueError(f"element {last} of the layout is outside {name}, {buffer.size} bytes")
     if not dst.flags.writeable or np.may_share_memory(src, dst):
@@ -99,7 +103,7 @@ def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: 
     target, odd_target = divmod(b.offset * bits, 8)
     source, target = source + src.ctypes.data, target + dst.ctypes.data
     stream = dst.size >= _STREAM and target % LINE == 0
-    blocks = _plan(replace(a, offset=0), replace(b, offset=0), bits, xor, stream)
+    blocks = _plan(a.shape, a.axes, b.axes, bits, xor, stream)
     if blocks is None or odd_source or odd_target:
         _scatter(src, a, dst, b, bits, xor)
         return
@@ -126,12 +130,21 @@ def _check(name: str, buffer: NDArray[Any], dtype: type[np.generic]) -> None:
 # Planning: which bits are in a register, and which digits are loops.
 
 
-def _digits(a: Layout, b: Layout, bits: int) -> list[Digit] | None:
+Axes = tuple[Axis, ...]
+
+
+@lru_cache(maxsize=1024)
+def _extent(axes: Axes) -> int:
+    """How far the last element lies from the first."""
+    return sum((axis.size - 1) * axis.stored for axis in axes)
+
+
+def _digits(shape: tuple[int, ...], a: Axes, b: Axes, bits: int) -> list[Digit] | None:
     """The digits that A and B are both made of; None where their boundaries cross."""
     scale = bits // 4
     digits = [Digit(scale, 1, 1)]
-    for dim, length in enumerate(a.shape):
-        axes = [axis for layout in (a, b) for axis in layout.axes if axis.dim == dim]
+    for dim, length in enumerate(shape):
+        axes = [axis for axis in a + b if axis.dim == dim]
         for low, high in pairwise(sorted({1, length} | {axis.logical for axis in axes})):
             if high % low:
                 return None
@@ -196,22 +209,26 @@ class _Parts:
         b = [d.b for d in self.tile + self.loops if d not in self.last]
         return bool(self.first and self.last) and not any(stride % 2 for stride in a + b)
 
-    def move(self, xor: int, stream: bool, order: Order = _by_a) -> Move:
-        """One pass, which reads in sequence: what it writes bypasses the caches or fits them."""
+    def move(self, xor: int, stream: bool, order: Order, far: bool = False) -> Move:
+        """One pass, its loops in an order; `far`: what it reads is in no cache."""
         apart = [digit.b for digit in self.tile + self.loops if digit not in self.last]
         stream &= len(self.last) == SLOTS and not any(stride % (2 * LINE) for stride in apart)
         loops = sorted(self.loops, key=order, reverse=True)
         stores = tuple(map(self.tile.index, self.last))
         params = [stride // 2 for bit in self.tile for stride in bit[1:]]
         params += [number for size, a, b in loops for number in (size, a // 2, b // 2)]
-        tile = Tile(len(self.first), stores, len(loops), xor, stream)
-        return Move(tile, np.array(params, np.int64))
+        jumps = far and bool(loops) and loops[-1].a > _JUMP
+        tile = Tile(len(self.first), stores, len(loops), xor, stream, jumps)
+        array = np.array(params, np.int64)
+        return Move(tile, array, array.ctypes.data)
 
 
 @lru_cache(maxsize=1024)
-def _plan(a: Layout, b: Layout, bits: int, xor: int, stream: bool) -> list[Block] | None:
-    """What to run for two layouts of offset 0; None where their digits are no whole bytes."""
-    digits = _digits(a, b, bits)
+def _plan(
+    shape: tuple[int, ...], a: Axes, b: Axes, bits: int, xor: int, stream: bool
+) -> list[Block] | None:
+    """What to run for layouts of these axes; None where their digits are no whole bytes."""
+    digits = _digits(shape, a, b, bits)
     return _blocks(digits, xor, stream) if digits else None
 
 
@@ -233,7 +250,7 @@ def _blocks(digits: list[Digit], xor: int, stream: bool) -> list[Block] | None:
                 return head and tail and head + [Block(x + a, y + b, m) for x, y, m in tail]
     if len(parts.tile) > _TILE:
         return _through_x(parts, xor, stream)
-    return [Block(0, 0, (parts.move(xor, stream),))]
+    return [Block(0, 0, (parts.move(xor, stream, _by_b, far=True),))]
 
 
 def _resized(digits: list[Digit], i: int, size: int) -> list[Digit]:
@@ -266,7 +283,7 @@ def _through_x(parts: _Parts, xor: int, stream: bool) -> list[Block]:
         places = list(accumulate((d.size for d in block[:-1]), mul, initial=1))
         to_x = _Parts([d._replace(b=x) for d, x in zip(block, places, strict=True)])
         from_x = _Parts([d._replace(a=x) for d, x in zip(block, places, strict=True)])
-        return to_x.move(0, False), from_x.move(xor, stream, _by_b)
+        return to_x.move(0, False, _by_a), from_x.move(xor, stream, _by_b)
 
     blocks = []
     for starts in product(*(range(0, d.size, counts[d]) for d in loops)):
@@ -300,7 +317,7 @@ _local = threading.local()
 
 
 def _run(move: Move, source: int, target: int) -> None:
-    compiled(write_tile, move.tile)(source, target, move.params.ctypes.data)
+    compiled(write_tile, move.tile)(source, target, move.address)
 
 
 def _scratch() -> int:
