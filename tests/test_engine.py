@@ -177,8 +177,6 @@ def test_large_destinations(
 ) -> None:
     """Stores that bypass the caches, and blocks of two passes that do not divide the loops."""
     monkeypatch.setattr(engine, "_STREAM", 0)
-    monkeypatch.setattr(engine, "_SCRATCH", 1 << 14)
-    monkeypatch.setattr(engine, "_local", threading.local())
     engine._plan.cache_clear()
     codes = random_codes(shape, 4)
     for a, b in ((layouts.AWQ, PACKED[to]), (PACKED[to], layouts.AWQ)):

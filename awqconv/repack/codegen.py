@@ -4,7 +4,7 @@ A function is `void f(src, dst, params)`: two pointers, and counts and strides a
 one function serves every shape. It is written by a Python function that is given a `Code` and
 whatever else decides its instructions, and compiled the first time it is asked for:
 
-    compiled(write_tile, tile)(source, target, params)
+    compiled(write_nest, nest)(source, target, params)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +22,6 @@ from awqconv.digest import digest
 
 LINE = 64  # bytes of a register: a cache line, and an AVX-512 vector
 SLOTS = LINE.bit_length()  # log2 of its nibbles
-AHEAD = 8  # rounds of a loop between the fetching of a line into the caches and its use
 
 Function = Callable[[int, int, int], None]
 
@@ -31,10 +30,9 @@ _functions: dict[tuple[Hashable, ...], Function] = {}
 
 
 class Tile(NamedTuple):
-    """What a function is compiled for. Bits 0..loads-1 are A's slots, in order.
+    """A tile and its loops. Bits 0..loads-1 are A's slots, in order; `stores` are the bits in B's.
 
-    `stores` are the bits in B's slots, in order; `loops` is the depth of the nest around the tile.
-    With `jumps`, what the innermost loop reads is no sequence, and is fetched some rounds before.
+    `loops` is the depth of the nest around the tile; `stream`: its stores bypass the caches.
     """
 
     loads: int
@@ -42,7 +40,18 @@ class Tile(NamedTuple):
     loops: int
     xor: int
     stream: bool
-    jumps: bool
+
+
+class Nest(NamedTuple):
+    """What a function is compiled for: `loops` around one pass, or around two by way of `x` bytes.
+
+    With `ahead`, what is read in so many rounds of the innermost of these loops is fetched.
+    """
+
+    loops: int
+    passes: tuple[Tile, ...]
+    x: int
+    ahead: int
 
 
 def compiled(write: Callable[..., None], *key: Hashable) -> Function:
@@ -146,6 +155,25 @@ class Code:
         self.b.cbranch(self.b.icmp_signed("<", following, times), body, done)
         self.b.position_at_end(done)
 
+    def loop_params(self, depth: int) -> list[tuple[Any, Any, Any]]:
+        """Count and strides in src and dst of so many loops."""
+        return [(self.param(), self.param(), self.param()) for _ in range(depth)]
+
+    def nest(
+        self, stack: ExitStack, loops: list[tuple[Any, Any, Any]], src: Any, dst: Any
+    ) -> tuple[Any, Any]:
+        """Enter loops; where a round of the innermost begins in src and dst."""
+        for times, step_a, step_b in loops:
+            i = stack.enter_context(self.loop(times))
+            src, dst = self.at(src, i, step_a), self.at(dst, i, step_b)
+        return src, dst
+
+    def room(self, size: int) -> Any:
+        """So many bytes, on a cache line, while the function runs."""
+        room = self.b.alloca(self.ir.ArrayType(self.i8, size))
+        room.align = LINE
+        return self.b.bitcast(room, self.i8.as_pointer())
+
     def at(self, pointer: Any, index: Any, stride: Any = None) -> Any:
         return self.b.gep(pointer, [index if stride is None else self.b.mul(index, stride)])
 
@@ -156,11 +184,11 @@ class Code:
         return value
 
     def prefetch(self, pointer: Any) -> None:
-        """Have a line fetched into the caches; any address will do."""
+        """Have a line fetched into L2; any address will do."""
         kinds = [pointer.type, *[self.ir.IntType(32)] * 3]
         kind = self.ir.FunctionType(self.ir.VoidType(), kinds)
         function = self.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-        self.b.call(function, [pointer, *(kinds[1](i) for i in (0, 3, 1))])  # to read, keep, data
+        self.b.call(function, [pointer, *(kinds[1](i) for i in (0, 2, 1))])  # to read, L2, data
 
     def store(self, value: Any, pointer: Any, stream: bool = False) -> None:
         stored = self.b.store(value, self.b.bitcast(pointer, value.type.as_pointer()))
@@ -248,42 +276,49 @@ class _Registers:
         self.permute(last[1:] + rest)
 
 
-def write_tile(code: Code, tile: Tile) -> None:
-    """Write what moves a tile in its loops. Parameters: of each of the tile's bits the strides in
-    src and dst, of each loop its count and those strides, the outermost first; all in bytes.
+class _Pass:
+    """A tile in its loops. Parameters: of each of the tile's bits the strides in src and dst, of
+    each loop its count and those strides, the outermost first; all in bytes.
     """
-    last = list(tile.stores)
-    # What one load leaves of a register is filled by those bits of B that come last.
-    slots = [*range(tile.loads), *(bit for bit in reversed(last) if bit >= tile.loads)]
-    width, stored = min(len(slots), SLOTS), len(last)
-    strides = [(code.param(), code.param()) for _ in slots]
 
-    def places(bits: list[int], side: int) -> list[Any]:
-        """The offsets of all values of some bits, the first bit changing fastest."""
-        offsets = [code.i64(0)]
-        for bit in bits:
-            offsets += [code.b.add(offset, strides[bit][side]) for offset in offsets]
-        return offsets
+    def __init__(self, code: Code, tile: Tile) -> None:
+        self.code, self.tile, self.last = code, tile, list(tile.stores)
+        # What one load leaves of a register is filled by those bits of B that come last.
+        rest = (bit for bit in reversed(self.last) if bit >= tile.loads)
+        self.slots = [*range(tile.loads), *rest]
+        strides = [(code.param(), code.param()) for _ in self.slots]
 
-    apart = [bit for bit in slots if bit not in last]
-    sources, targets = places(slots[tile.loads :], 0), places(apart, 1)
-    loops = [(code.param(), code.param(), code.param()) for _ in range(tile.loops)]
-    with ExitStack() as nest:
-        src, dst = code.src, code.dst
-        for times, step_a, step_b in loops:
-            i = nest.enter_context(code.loop(times))
-            src, dst = code.at(src, i, step_a), code.at(dst, i, step_b)
-        if tile.jumps:
-            ahead = code.at(src, code.i64(AHEAD), loops[-1][1])
-            for place in sources:
-                code.prefetch(code.at(ahead, place))
-        vectors = [code.load(code.at(src, place), 1 << tile.loads - 1) for place in sources]
+        def places(bits: list[int], side: int) -> list[Any]:
+            """The offsets of all values of some bits, the first bit changing fastest."""
+            offsets = [code.i64(0)]
+            for bit in bits:
+                offsets += [code.b.add(offset, strides[bit][side]) for offset in offsets]
+            return offsets
+
+        self.apart = [bit for bit in self.slots if bit not in self.last]
+        self.sources = places(self.slots[tile.loads :], 0)
+        self.targets = places(self.apart, 1)
+        self.loops = code.loop_params(tile.loops)
+
+    def write(self, src: Any, dst: Any, ahead: Any = None) -> None:
+        """Write the pass from `src` to `dst`; `ahead` bytes behind what it reads are fetched."""
+        with ExitStack() as nest:
+            src, dst = self.code.nest(nest, self.loops, src, dst)
+            if ahead is not None:
+                for place in self.sources:
+                    self.code.prefetch(self.code.at(src, self.code.b.add(place, ahead)))
+            self._move(src, dst)
+
+    def _move(self, src: Any, dst: Any) -> None:
+        code, tile, slots, stored = self.code, self.tile, self.slots, len(self.last)
+        width = min(len(slots), SLOTS)
+        vectors = [code.load(code.at(src, place), 1 << tile.loads - 1) for place in self.sources]
         while vectors[0].type.count < 1 << width - 1:
             both = list(range(2 * vectors[0].type.count))
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
             vectors = [code.shuffle(x, y, both) for x, y in pairs]
         registers = _Registers(code, vectors, slots, width)
-        registers.route(last)
+        registers.route(self.last)
         size = 1 << stored - 1
         for number in range(1 << len(slots) - stored):
             register, part = divmod(number, 1 << width - stored)
@@ -293,7 +328,22 @@ def write_tile(code: Code, tile: Tile) -> None:
             if tile.xor:
                 value = code.b.xor(value, value.type([tile.xor * 0x11] * size))
             held = {bit for i, bit in enumerate(registers.slots[stored:]) if number >> i & 1}
-            place = targets[sum(1 << i for i, bit in enumerate(apart) if bit in held)]
+            place = self.targets[sum(1 << i for i, bit in enumerate(self.apart) if bit in held)]
             code.store(value, code.at(dst, place), tile.stream)
-    if tile.stream:
+
+
+def write_nest(code: Code, nest: Nest) -> None:
+    """Write what runs passes in loops. Parameters: of each loop its count and its strides in src
+    and dst, the outermost first, in bytes; then those of each pass.
+    """
+    loops = code.loop_params(nest.loops)
+    passes = [_Pass(code, tile) for tile in nest.passes]
+    with ExitStack() as stack:
+        x = [code.room(nest.x)] if nest.x else []
+        src, dst = code.nest(stack, loops, code.src, code.dst)
+        ahead = code.b.mul(loops[-1][1], code.i64(nest.ahead)) if nest.ahead else None
+        for part, (begin, end) in zip(passes, pairwise([src, *x, dst]), strict=True):
+            part.write(begin, end, ahead)
+            ahead = None
+    if passes[-1].tile.stream:
         code.b.fence("seq_cst")  # such stores are ordered by nothing else

@@ -21,29 +21,26 @@ and it is stored in B's order. To swap two slots costs, for every register,
 `codegen` turns a tile and its loops into a function; counts and strides are its arguments, so
 that one function serves every shape of a pair of layouts. Where A and B share so few bits that a
 tile does not fit the registers (as when a matrix is transposed), two passes fetch a part of the
-bits each, through a third layout, X, in a buffer that stays in the cache.
+bits each, through a third layout, X, of one tile in a buffer on the stack.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from functools import cache, lru_cache, reduce
-from itertools import accumulate, pairwise, product
-from operator import mul
+from functools import lru_cache, reduce
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from awqconv.repack.axes import Axis, Layout
-from awqconv.repack.codegen import LINE, SLOTS, Tile, compiled, write_tile
+from awqconv.repack.codegen import LINE, SLOTS, Nest, Tile, compiled, write_nest
 
 Bytes = NDArray[np.uint8]
 
 _TILE = SLOTS + 4  # slots of a tile: half of AVX-512's 32 registers, for both sides of a swap
-_SCRATCH = 1 << 20  # bytes of X: what stays in a core's L2
 _JUMP = 8 * LINE  # nibbles from one read to the next: more, and no prefetcher sees a sequence
+_AHEAD = 32 * LINE  # bytes that are fetched before they are read where it sees none
 _STREAM = 1 << 22  # bytes of a destination that would not stay there: stores bypass the caches
 
 
@@ -55,23 +52,17 @@ class Digit(NamedTuple):
     b: int
 
 
-class Move(NamedTuple):
-    """A function and its arguments: strides of the tile's bits, then count and strides of loops.
+class Block(NamedTuple):
+    """A part of the digits: where it begins in A and B in bytes, and a function with its arguments.
 
     `address` is that of `params`, which looking it up each time would cost a microsecond.
     """
 
-    tile: Tile
-    params: NDArray[np.int64]
-    address: int
-
-
-class Block(NamedTuple):
-    """A part of the digits: where it begins in A and B in bytes; one move, or two through X."""
-
     a: int
     b: int
-    moves: tuple[Move, ...]
+    nest: Nest
+    params: NDArray[np.int64]
+    address: int
 
 
 def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: int = 0) -> None:
@@ -107,12 +98,8 @@ def repack(src: Bytes, a: Layout, dst: Bytes, b: Layout, *, bits: int = 4, xor: 
     if blocks is None or odd_source or odd_target:
         _scatter(src, a, dst, b, bits, xor)
         return
-    for at_a, at_b, moves in blocks:
-        if len(moves) == 1:
-            _run(moves[0], source + at_a, target + at_b)
-        else:
-            _run(moves[0], source + at_a, _scratch())
-            _run(moves[1], _scratch(), target + at_b)
+    for at_a, at_b, nest, _, params in blocks:
+        compiled(write_nest, nest)(source + at_a, target + at_b, params)
 
 
 def aligned(size: int) -> Bytes:
@@ -155,9 +142,6 @@ def _digits(shape: tuple[int, ...], a: Axes, b: Axes, bits: int) -> list[Digit] 
             ]
             digits.append(Digit(high // low, *stride))
     return digits
-
-
-Order = Callable[[Digit], tuple[int, int]]
 
 
 def _by_a(digit: Digit) -> tuple[int, int]:
@@ -209,18 +193,20 @@ class _Parts:
         b = [d.b for d in self.tile + self.loops if d not in self.last]
         return bool(self.first and self.last) and not any(stride % 2 for stride in a + b)
 
-    def move(self, xor: int, stream: bool, order: Order, far: bool = False) -> Move:
-        """One pass, its loops in an order; `far`: what it reads is in no cache."""
-        apart = [digit.b for digit in self.tile + self.loops if digit not in self.last]
-        stream &= len(self.last) == SLOTS and not any(stride % (2 * LINE) for stride in apart)
-        loops = sorted(self.loops, key=order, reverse=True)
+    def streams(self, loops: list[Digit]) -> bool:
+        """Whether registers of B are whole cache lines wherever these loops and the tile go."""
+        apart = [digit.b for digit in self.tile + loops if digit not in self.last]
+        return len(self.last) == SLOTS and not any(stride % (2 * LINE) for stride in apart)
+
+    def one_pass(self, loops: list[Digit], xor: int, stream: bool) -> tuple[Tile, list[int]]:
+        """The tile in some loops, and its parameters."""
         stores = tuple(map(self.tile.index, self.last))
         params = [stride // 2 for bit in self.tile for stride in bit[1:]]
-        params += [number for size, a, b in loops for number in (size, a // 2, b // 2)]
-        jumps = far and bool(loops) and loops[-1].a > _JUMP
-        tile = Tile(len(self.first), stores, len(loops), xor, stream, jumps)
-        array = np.array(params, np.int64)
-        return Move(tile, array, array.ctypes.data)
+        return Tile(len(self.first), stores, len(loops), xor, stream), params + _params(loops)
+
+
+def _params(loops: list[Digit]) -> list[int]:
+    return [number for size, a, b in loops for number in (size, a // 2, b // 2)]
 
 
 @lru_cache(maxsize=1024)
@@ -247,19 +233,32 @@ def _blocks(digits: list[Digit], xor: int, stream: bool) -> list[Block] | None:
                 a, b = whole * digit.a // 2, whole * digit.b // 2
                 head = _blocks(_resized(digits, i, whole), xor, stream)
                 tail = _blocks(_resized(digits, i, left), xor, stream and b % LINE == 0)
-                return head and tail and head + [Block(x + a, y + b, m) for x, y, m in tail]
+                return head and tail and head + [t._replace(a=t.a + a, b=t.b + b) for t in tail]
+    # What is written is written in sequence; what is read may jump, then it is fetched ahead.
+    loops = sorted(parts.loops, key=_by_b, reverse=True)
+    stream &= parts.streams(loops)
     if len(parts.tile) > _TILE:
-        return _through_x(parts, xor, stream)
-    return [Block(0, 0, (parts.move(xor, stream, _by_b, far=True),))]
+        passes = _through_x(parts, xor, stream)
+    else:
+        passes = [parts.one_pass([], xor, stream)]
+    size = 1 << len(parts.tile) - 1
+    jumps = loops and loops[-1].a > _JUMP
+    nest = Nest(
+        len(loops),
+        tuple(tile for tile, _ in passes),
+        size if len(passes) > 1 else 0,
+        max(1, _AHEAD // size) if jumps else 0,
+    )
+    params = np.array(sum((more for _, more in passes), _params(loops)), np.int64)
+    return [Block(0, 0, nest, params, params.ctypes.data)]
 
 
 def _resized(digits: list[Digit], i: int, size: int) -> list[Digit]:
     return [*digits[:i], digits[i]._replace(size=size), *digits[i + 1 :]]
 
 
-def _through_x(parts: _Parts, xor: int, stream: bool) -> list[Block]:
-    """Two passes for every part of the digits that fits X."""
-    stream &= not any(digit.b % (2 * LINE) for digit in parts.loops)  # so parts begin on lines
+def _through_x(parts: _Parts, xor: int, stream: bool) -> list[tuple[Tile, list[int]]]:
+    """Two passes for a tile, and their parameters."""
     # X has A's slots; as many bits of B as a tile can fetch replace those that B does not hold.
     tile, arriving = list(parts.first), [bit for bit in parts.last if bit not in parts.first]
     fetch = _TILE - len(tile)
@@ -268,30 +267,12 @@ def _through_x(parts: _Parts, xor: int, stream: bool) -> list[Block]:
             tile[slot : slot + 1] = [arriving.pop()]
             fetch -= 1
     tile += [bit for bit in parts.tile if bit not in tile]
-
-    # A block takes short runs in B first, then runs in A as long as they fit.
-    loops = sorted(parts.loops, key=_by_a, reverse=True)
-    room, counts = 2 * _SCRATCH >> len(tile), dict.fromkeys(loops, 1)
-    runs = [(digit, 4) for digit in sorted(loops, key=_by_b)[:1]]
-    for digit, most in [*runs, *((digit, digit.size) for digit in reversed(loops))]:
-        taken = min(digit.size, most, counts[digit] * room)
-        room, counts[digit] = counts[digit] * room // taken, taken
-
-    @cache
-    def moves(*sizes: int) -> tuple[Move, Move]:
-        block = tile + [d._replace(size=n) for d, n in zip(loops, sizes, strict=True)]
-        places = list(accumulate((d.size for d in block[:-1]), mul, initial=1))
-        to_x = _Parts([d._replace(b=x) for d, x in zip(block, places, strict=True)])
-        from_x = _Parts([d._replace(a=x) for d, x in zip(block, places, strict=True)])
-        return to_x.move(0, False, _by_a), from_x.move(xor, stream, _by_b)
-
-    blocks = []
-    for starts in product(*(range(0, d.size, counts[d]) for d in loops)):
-        at = list(zip(loops, starts, strict=True))
-        sizes = [min(counts[d], d.size - i) for d, i in at]
-        begin_a, begin_b = (sum(d[side] * i for d, i in at) // 2 for side in (1, 2))
-        blocks.append(Block(begin_a, begin_b, moves(*sizes)))
-    return blocks
+    to_x = _Parts([bit._replace(b=1 << i) for i, bit in enumerate(tile)])
+    from_x = _Parts([bit._replace(a=1 << i) for i, bit in enumerate(tile)])
+    return [
+        to_x.one_pass(sorted(to_x.loops, key=_by_a, reverse=True), 0, False),
+        from_x.one_pass(sorted(from_x.loops, key=_by_b, reverse=True), xor, stream),
+    ]
 
 
 def _scatter(src: Bytes, a: Layout, dst: Bytes, b: Layout, bits: int, xor: int) -> None:
@@ -309,19 +290,3 @@ def _scatter(src: Bytes, a: Layout, dst: Bytes, b: Layout, bits: int, xor: int) 
         for half, kept in ((0, 0xF0), (1, 0x0F)):  # of a byte, one after the other
             mine = at_b % 2 == half
             dst[at_b[mine] >> 1] = dst[at_b[mine] >> 1] & kept | codes[mine] << 4 * half
-
-
-# Running: compiled functions, and a buffer for X in each thread.
-
-_local = threading.local()
-
-
-def _run(move: Move, source: int, target: int) -> None:
-    compiled(write_tile, move.tile)(source, target, move.address)
-
-
-def _scratch() -> int:
-    """The address of this thread's X."""
-    if not hasattr(_local, "x"):
-        _local.x = aligned(_SCRATCH)
-    return int(_local.x.ctypes.data)
