@@ -43,14 +43,17 @@ class Tile(NamedTuple):
 
 
 class Nest(NamedTuple):
-    """What a function is compiled for: `loops` around one pass, or around two by way of `x` bytes.
+    """What a function is compiled for: `loops` around one pass of `size` bytes, or around two by
+    way of X.
 
-    With `ahead`, what is read in so many rounds of the innermost of these loops is fetched.
+    In each round every pass has `lines` cache lines fetched that will be read `ahead` rounds of the
+    innermost loop later. Twice, for a CPU drops what it has no room for.
     """
 
     loops: int
     passes: tuple[Tile, ...]
-    x: int
+    size: int
+    lines: int
     ahead: int
 
 
@@ -161,12 +164,14 @@ class Code:
 
     def nest(
         self, stack: ExitStack, loops: list[tuple[Any, Any, Any]], src: Any, dst: Any
-    ) -> tuple[Any, Any]:
-        """Enter loops; where a round of the innermost begins in src and dst."""
+    ) -> tuple[Any, Any, Any]:
+        """Enter loops; where a round of the innermost begins in src and dst, and its number."""
+        number = self.i64(0)
         for times, step_a, step_b in loops:
             i = stack.enter_context(self.loop(times))
             src, dst = self.at(src, i, step_a), self.at(dst, i, step_b)
-        return src, dst
+            number = self.b.add(self.b.mul(number, times), i)
+        return src, dst, number
 
     def room(self, size: int) -> Any:
         """So many bytes, on a cache line, while the function runs."""
@@ -286,6 +291,7 @@ class _Pass:
         # What one load leaves of a register is filled by those bits of B that come last.
         rest = (bit for bit in reversed(self.last) if bit >= tile.loads)
         self.slots = [*range(tile.loads), *rest]
+        self.size = 1 << len(self.slots) - 1
         strides = [(code.param(), code.param()) for _ in self.slots]
 
         def places(bits: list[int], side: int) -> list[Any]:
@@ -300,13 +306,17 @@ class _Pass:
         self.targets = places(self.apart, 1)
         self.loops = code.loop_params(tile.loops)
 
-    def write(self, src: Any, dst: Any, ahead: Any = None) -> None:
-        """Write the pass from `src` to `dst`; `ahead` bytes behind what it reads are fetched."""
+    def write(self, src: Any, dst: Any, ahead: Any, table: Any, each: int) -> None:
+        """Write the pass from `src` to `dst`; in every round of its loops the next `each` of a
+        table of offsets from `ahead` are fetched.
+        """
+        code = self.code
         with ExitStack() as nest:
-            src, dst = self.code.nest(nest, self.loops, src, dst)
-            if ahead is not None:
-                for place in self.sources:
-                    self.code.prefetch(self.code.at(src, self.code.b.add(place, ahead)))
+            src, dst, number = code.nest(nest, self.loops, src, dst)
+            first = code.b.mul(number, code.i64(each))
+            for i in range(each):
+                line = code.b.load(code.at(table, code.b.add(first, code.i64(i))))
+                code.prefetch(code.at(ahead, line))
             self._move(src, dst)
 
     def _move(self, src: Any, dst: Any) -> None:
@@ -334,16 +344,17 @@ class _Pass:
 
 def write_nest(code: Code, nest: Nest) -> None:
     """Write what runs passes in loops. Parameters: of each loop its count and its strides in src
-    and dst, the outermost first, in bytes; then those of each pass.
+    and dst, the outermost first, in bytes; then those of each pass; the offsets of `lines`.
     """
     loops = code.loop_params(nest.loops)
     passes = [_Pass(code, tile) for tile in nest.passes]
+    table = code.at(code.params, code.i64(next(code.numbers)))
+    x = [code.room(nest.size)] * (len(passes) - 1)
     with ExitStack() as stack:
-        x = [code.room(nest.x)] if nest.x else []
-        src, dst = code.nest(stack, loops, code.src, code.dst)
-        ahead = code.b.mul(loops[-1][1], code.i64(nest.ahead)) if nest.ahead else None
+        src, dst, _ = code.nest(stack, loops, code.src, code.dst)
+        ahead = code.at(src, code.i64(nest.ahead), loops[-1][1]) if nest.lines else src
         for part, (begin, end) in zip(passes, pairwise([src, *x, dst]), strict=True):
-            part.write(begin, end, ahead)
-            ahead = None
+            each = nest.lines * part.size // nest.size
+            part.write(begin, end, ahead, table, each)
     if passes[-1].tile.stream:
         code.b.fence("seq_cst")  # such stores are ordered by nothing else

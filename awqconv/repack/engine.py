@@ -40,7 +40,7 @@ Bytes = NDArray[np.uint8]
 
 _TILE = SLOTS + 4  # slots of a tile: half of AVX-512's 32 registers, for both sides of a swap
 _JUMP = 8 * LINE  # nibbles from one read to the next: more, and no prefetcher sees a sequence
-_AHEAD = 32 * LINE  # bytes that are fetched before they are read where it sees none
+_AHEAD = 32  # lines that are fetched before they are read where it sees none
 _STREAM = 1 << 22  # bytes of a destination that would not stay there: stores bypass the caches
 
 
@@ -234,22 +234,25 @@ def _blocks(digits: list[Digit], xor: int, stream: bool) -> list[Block] | None:
                 head = _blocks(_resized(digits, i, whole), xor, stream)
                 tail = _blocks(_resized(digits, i, left), xor, stream and b % LINE == 0)
                 return head and tail and head + [t._replace(a=t.a + a, b=t.b + b) for t in tail]
-    # What is written is written in sequence; what is read may jump, then it is fetched ahead.
-    loops = sorted(parts.loops, key=_by_b, reverse=True)
+    # One pass writes in sequence, and what it reads may jump; two passes read in sequence, but in
+    # more sequences at a time than a CPU can follow.
+    two = len(parts.tile) > _TILE
+    loops = sorted(parts.loops, key=_by_a if two else _by_b, reverse=True)
     stream &= parts.streams(loops)
-    if len(parts.tile) > _TILE:
-        passes = _through_x(parts, xor, stream)
-    else:
-        passes = [parts.one_pass([], xor, stream)]
-    size = 1 << len(parts.tile) - 1
-    jumps = loops and loops[-1].a > _JUMP
+    passes = _through_x(parts, xor, stream) if two else [parts.one_pass([], xor, stream)]
+    lines = [0]
+    for bit in parts.tile:
+        if bit not in parts.first:
+            lines += [line + bit.a // 2 for line in lines]
+    jumps = bool(loops) and (two or loops[-1].a > _JUMP)
     nest = Nest(
         len(loops),
         tuple(tile for tile, _ in passes),
-        size if len(passes) > 1 else 0,
-        max(1, _AHEAD // size) if jumps else 0,
+        1 << len(parts.tile) - 1,
+        len(lines) if jumps else 0,
+        max(1, _AHEAD // len(lines)),
     )
-    params = np.array(sum((more for _, more in passes), _params(loops)), np.int64)
+    params = np.array([*_params(loops), *(x for _, p in passes for x in p), *lines], np.int64)
     return [Block(0, 0, nest, params, params.ctypes.data)]
 
 
