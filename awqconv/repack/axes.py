@@ -67,18 +67,16 @@ class Pattern:
         for group in self.left:
             if sum(name not in sizes for name in group) > 1:
                 raise ValueError(f"{text!r} leaves two sizes of ({' '.join(group)}) open")
+        self._key = text, pad, tuple(sorted(sizes.items()))
 
     def __repr__(self) -> str:
         return f"Pattern({self.text!r}, pad={self.pad}, {self.sizes})"
 
-    def _key(self) -> tuple[object, ...]:
-        return self.text, self.pad, tuple(sorted(self.sizes.items()))
-
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Pattern) and self._key() == other._key()
+        return isinstance(other, Pattern) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key())
+        return hash(self._key)
 
     def granule(self, dim: int) -> int:
         """Elements of logical dimension `dim` that the given sizes multiply to."""
@@ -120,6 +118,11 @@ def _bind(pattern: Pattern, shape: tuple[int, ...]) -> Layout:
     return Layout(shape, stored, tuple(reversed(axes)))
 
 
+@lru_cache(maxsize=4096)
+def _outermost(axes: tuple[Axis, ...], dim: int) -> Axis:
+    return max((axis for axis in axes if axis.dim == dim), key=lambda axis: axis.logical)
+
+
 class Layout(NamedTuple):
     """A pattern bound to a shape. `axes` are in storage order, outermost first.
 
@@ -137,7 +140,7 @@ class Layout(NamedTuple):
 
         Raises ValueError where the ends are no multiples of the dimension's granule.
         """
-        outer = max((axis for axis in self.axes if axis.dim == dim), key=lambda axis: axis.logical)
+        outer = _outermost(self.axes, dim)
         if (
             start % outer.logical
             or stop % outer.logical

@@ -273,10 +273,10 @@ class _Registers:
             self.swap_nibbles()
         elif self.slots[0] != last[0]:
             self.swap(0, last[0])
-        for bit in last:
+        for slot, bit in enumerate(last):
             if bit not in self.slots[: self.width]:
-                out = [slot for slot in range(1, self.width) if self.slots[slot] not in last]
-                self.swap(out[-1], bit)
+                out = [i for i in range(1, self.width) if self.slots[i] not in last]
+                self.swap(slot if slot in out else out[-1], bit)
         rest = [bit for bit in self.slots[1 : self.width] if bit not in last]
         self.permute(last[1:] + rest)
 
