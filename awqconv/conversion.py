@@ -203,7 +203,7 @@ def _by_ranges(plan: Plan, workers: int, memory: int) -> tuple[int, int]:
     )
     largest = max(arrays, default=0)
     memory -= MEMORY
-    return max(1, min(workers, READERS, memory // (largest + 3 * TILE))), memory
+    return max(1, min(workers, READERS, memory // (largest + 4 * TILE))), memory
 
 
 class StoppedError(Exception):

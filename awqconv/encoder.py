@@ -51,10 +51,13 @@ class Encoder:
         grain = outer.logical
         for feed in feeds:
             grain = lcm(grain, max(a.logical for a in feed.layout.axes if a.dim == dim))
-        # Where there is room for it, a cut is also one of cache lines of what lies along the cut.
+        # Where there is room for it, a cut is also one of cache lines of what lies along the cut:
+        # in two tiles if need be where less would be read of each line of the source.
         line = lcm(grain, LINE * 8 // part.bits)
         room = TILE * outer.logical // row
-        step = room // line * line or max(1, room // grain) * grain
+        across = any(feed.layout.axes[0].dim != dim for feed in feeds)
+        lines = room // line or (across and 2 * room // line)
+        step = lines * line or max(1, room // grain) * grain
         return dim, range(0, to.shape[dim], step)
 
     def tiles(
@@ -92,7 +95,7 @@ class Encoder:
         hashers: dict[TensorInfo, Hasher],
     ) -> Iterator[Bytes]:
         to = part.layout(linear)
-        feeds = self._feeds(pieces, part.of, hashers, self.share - 3 * TILE)
+        feeds = self._feeds(pieces, part.of, hashers, self.share - 4 * TILE)
         dim, cuts = self._tiles(part, to, feeds)
         moves = _moves(pieces, part.of, linear.g)
         fits = all(_fits(move, feeds[move.slot].layout, to, dim) for move in moves)

@@ -87,12 +87,21 @@ def sync(folder: Path) -> None:
             os.close(descriptor)
 
 
-def model(name: str, layers: int | None, room: Path, *, zeros: bool = False) -> Path:
+def model(
+    name: str,
+    layers: int | None,
+    room: Path,
+    *,
+    vocabulary: int | None = None,
+    zeros: bool = False,
+) -> Path:
     """A synthetic checkpoint in a folder, made unless it is there; see `synthetic.make`."""
-    path = room / f"{name}-{layers or 'whole'}{'-zeros' * zeros}"
+    words = f"-{vocabulary}" if vocabulary else ""
+    path = room / f"{name}-{layers or 'whole'}{words}{'-zeros' * zeros}"
     if not path.exists():  # by a process of its own: children would inherit the peak of its memory
         command = [sys.executable, ROOT / "benchmarks" / "synthetic.py", name, path]
         more = ["--layers", str(layers)] * bool(layers) + ["--zeros"] * zeros
+        more += ["--vocabulary", str(vocabulary)] * bool(vocabulary)
         subprocess.run([*command, *more], check=True, stdout=subprocess.DEVNULL)
         sync(path)
     return path

@@ -2,6 +2,7 @@
 
     python benchmarks/synthetic.py llama-8b /tmp/llama-8b
     python benchmarks/synthetic.py llama-70b /tmp/cut --layers 8
+    python benchmarks/synthetic.py llama-8b /tmp/small --layers 4 --vocabulary 32768
 
 Codes and zero points are any bits, scales are positive float16, other tensors float16.
 """
@@ -35,9 +36,10 @@ def linear(name: str, K: int, N: int, g: int) -> Iterator[Spec]:
     yield f"{name}.scales", "F16", (K // g, N)
 
 
-def tensors(model: str, layers: int | None, g: int) -> Iterator[Spec]:
+def tensors(model: str, layers: int | None, vocabulary: int | None, g: int) -> Iterator[Spec]:
     shape = (DENSE | MOE)[model]
-    hidden, middle, heads, kv, size, depth, vocabulary, _ = shape[:8]
+    hidden, middle, heads, kv, size, depth, words, _ = shape[:8]
+    vocabulary = vocabulary or words
     yield "model.embed_tokens.weight", "F16", (vocabulary, hidden)
     for i in range(layers or depth):
         layer = f"model.layers.{i}"
@@ -73,13 +75,14 @@ def make(
     shard: int,
     seed: int,
     zeros: bool = False,
+    vocabulary: int | None = None,
 ) -> int:
     """Write the checkpoint; the number of bytes of its tensors. `zeros`: holes instead of data."""
     dest.mkdir(parents=True)
     shards: list[list[Spec]] = [[]]
     room = shard
     total = 0
-    for spec in tensors(model, layers, g):
+    for spec in tensors(model, layers, vocabulary, g):
         size = int(np.prod(spec[2])) * {"I32": 4, "F16": 2}[spec[1]]
         if size > room and shards[-1]:
             shards.append([])
@@ -112,7 +115,7 @@ def make(
         "model_type": {"L": "llama", "Q": "qwen2"}[shape[7][0]],
         "hidden_size": shape[0], "intermediate_size": shape[1], "num_attention_heads": shape[2],
         "num_key_value_heads": shape[3], "head_dim": shape[4], "hidden_act": "silu",
-        "num_hidden_layers": layers or shape[5], "vocab_size": shape[6],
+        "num_hidden_layers": layers or shape[5], "vocab_size": vocabulary or shape[6],
         "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
         "tie_word_embeddings": False, "torch_dtype": "float16",
         "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": g,
@@ -133,13 +136,15 @@ def main() -> None:
     parser.add_argument("model", choices=[*DENSE, *MOE])
     parser.add_argument("dest", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--shard-size", type=int, default=5 * 10**9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--zeros", action="store_true", help="Tensors of zeros, files of holes.")
     args = parser.parse_args()
-    total = make(args.model, args.dest, layers=args.layers, g=args.group_size,
-                 shard=args.shard_size, seed=args.seed, zeros=args.zeros)  # fmt: skip
+    total = make(args.model, args.dest, layers=args.layers, vocabulary=args.vocabulary,
+                 g=args.group_size, shard=args.shard_size, seed=args.seed,
+                 zeros=args.zeros)  # fmt: skip
     print(f"{total:,} bytes of tensors in {args.dest}")  # noqa: T201
 
 

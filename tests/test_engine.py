@@ -175,7 +175,7 @@ LARGE = [
 def test_large_destinations(
     to: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stores that bypass the caches, and blocks of two passes that do not divide the loops."""
+    """Stores that bypass the caches, and shapes that are cut to blocks."""
     monkeypatch.setattr(engine, "_STREAM", 0)
     engine._plan.cache_clear()
     codes = random_codes(shape, 4)
