@@ -89,17 +89,23 @@ def main() -> None:
                 xor=8 if "rows" in pair else 0,
             )  # fmt: skip
 
-    def compensate(step: int, thread: int) -> None:
-        """Blocks and their compensation, `step` columns at a time."""
+    def compensate(thread: int) -> None:
+        """Blocks and their compensation."""
         for i in shares[thread]:
-            whole, begin = part(dst, i), 0
-            for start in range(0, N, step):
-                stop = min(start + step, N)
+            blocks = part(dst, i)[: N // 32 * strip]
+            repack(part(src, i), bound["awq"], blocks, bound["amx"])
+            amx.derive(weights, linear, blocks, zeros)
+
+    def in_tiles(thread: int) -> None:
+        """The same as conversion does it: some columns at a time, all to one buffer of a thread."""
+        buffer = aligned(tile_columns // 32 * strip)
+        for i in shares[thread]:
+            for start in range(0, N, tile_columns):
+                stop = min(start + tile_columns, N)
                 to = weights.pattern.bind((K, stop - start))
-                tile = whole[begin : begin + to.axes[0].size * strip]
+                tile = buffer[: to.axes[0].size * strip]
                 repack(part(src, i), bound["awq"].slice(1, start, stop), tile, to)
                 amx.derive(weights, linear, tile, zeros[:, start:stop])
-                begin += len(tile)
 
     def speed(
         pool: ThreadPoolExecutor, work: Callable[[int], None], threads: int = args.threads
@@ -111,8 +117,8 @@ def main() -> None:
         return done / (clock() - begin) * share / 1e9
 
     jobs = {f"{a} -> {b}": partial(move, (a, b)) for a, b in PAIRS} | {
-        "awq -> amx + compensation": partial(compensate, N),
-        "the same in tiles": partial(compensate, tile_columns),
+        "awq -> amx + compensation": compensate,
+        "the same in tiles": in_tiles,
     }
     found = []
     if not args.json:

@@ -5,7 +5,8 @@
 
 PYTHON: the interpreter of an environment with compressed-tensors, transformers and torch.
 compressed-tensors converts the model with its AutoAWQConverter, beside
-`awqconv convert -t compressed-tensors`: whole processes, both synced, medians, and the bytes of all
+`awqconv convert -t compressed-tensors`: whole processes, medians, both with and without syncing
+what they write (the peer does not sync: its files are synced after it), and the bytes of all
 tensors compared. FOLDER: an unpacked sglang wheel; its repacking of a layer for Ascend NPUs, which
 is plain PyTorch, is timed beside the engine's, both with one thread, data in memory.
 """
@@ -97,32 +98,39 @@ def differences(one: Path, other: Path) -> list[str]:
 def converted(
     python: str, source: Path, room: Path, repeat: int
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each tool, and the tensors in which their outputs differ."""
-    commands = {
-        "awqconv": lambda dest: measure.awqconv(
-            "convert", source, dest, "-t", "compressed-tensors", "-q"
-        ),
-        "compressed-tensors": lambda dest: [python, "-c", CONVERT, source, dest],
-    }
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for i in range(repeat):
-        for name, command in commands.items():
-            dest = room / name
-            shutil.rmtree(dest, ignore_errors=True)
-            measure.warm(source)
-            used = measure.measured(command(dest))
-            began = time.perf_counter()
-            if name != "awqconv":  # it has synced what it wrote
-                measure.sync(dest)
-            wall = used.wall + time.perf_counter() - began
-            runs[name].append({"s": wall, "cpu s": used.cpu, "peak MB": used.peak / 1e6})
-            print(f"# {i} {name}: {runs[name][-1]}", file=sys.stderr)  # noqa: T201
-    wrong = differences(*(room / name for name in commands))
-    rows: list[dict[str, Any]] = [{"what": n} | measure.medians(r) for n, r in runs.items()]
-    for row in rows:
-        row["times slower"] = row["s"] / rows[0]["s"]
-        row["times the memory"] = row["peak MB"] / rows[0]["peak MB"]
-    return rows, wrong
+    """A row for each tool, with and without syncing, and the tensors in which they differ."""
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {}
+    mine, theirs = room / "awqconv", room / "compressed-tensors"
+
+    def run(name: str, command: list[object], dest: Path, *, sync: bool) -> None:
+        shutil.rmtree(dest, ignore_errors=True)
+        measure.warm(source)
+        used = measure.measured(command)
+        one = {"s": used.wall, "cpu s": used.cpu, "peak MB": used.peak / 1e6}
+        runs.setdefault((name, "yes" if sync else "no"), []).append(one)
+        print(f"# {name}, sync {sync}: {one}", file=sys.stderr)  # noqa: T201
+
+    for _ in range(repeat):
+        for sync in (True, False):
+            command = measure.awqconv(
+                "convert", source, mine, "-t", "compressed-tensors", "-q", sync=sync
+            )
+            run("awqconv", command, mine, sync=sync)
+        run("compressed-tensors", [python, "-c", CONVERT, source, theirs], theirs, sync=False)
+        began = time.perf_counter()
+        measure.sync(theirs)  # it does not sync what it writes
+        last = runs["compressed-tensors", "no"][-1]
+        synced = last | {"s": last["s"] + time.perf_counter() - began}
+        runs.setdefault(("compressed-tensors", "yes"), []).append(synced)
+    rows: list[dict[str, Any]] = []
+    for sync in ("yes", "no"):
+        own = measure.medians(runs["awqconv", sync])
+        for name in ("awqconv", "compressed-tensors"):
+            row = measure.medians(runs[name, sync])
+            rows.append({"what": name, "sync": sync} | row
+                        | {"times slower": row["s"] / own["s"],
+                           "times the memory": row["peak MB"] / own["peak MB"]})  # fmt: skip
+    return rows, differences(mine, theirs)
 
 
 def ascend(python: str, sglang: Path, room: Path, repeat: int) -> dict[str, Any]:

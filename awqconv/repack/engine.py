@@ -39,7 +39,7 @@ from awqconv.repack.codegen import LINE, SLOTS, Nest, Tile, compiled, write_nest
 Bytes = NDArray[np.uint8]
 
 _TILE = SLOTS + 4  # slots of a tile: half of AVX-512's 32 registers, for both sides of a swap
-_JUMP = 8 * LINE  # nibbles from one read to the next: more, and no prefetcher sees a sequence
+_JUMP = 4  # times what is read in one go, from one read to the next: no CPU sees a sequence there
 _AHEAD = 32  # lines that are fetched before they are read where it sees none
 _STREAM = 1 << 22  # bytes of a destination that would not stay there: stores bypass the caches
 
@@ -244,7 +244,10 @@ def _blocks(digits: list[Digit], xor: int, stream: bool) -> list[Block] | None:
     for bit in parts.tile:
         if bit not in parts.first:
             lines += [line + bit.a // 2 for line in lines]
-    jumps = bool(loops) and (two or loops[-1].a > _JUMP)
+    run = 1
+    while run in {bit.a for bit in parts.tile}:
+        run *= 2
+    jumps = bool(loops) and (two or loops[-1].a > _JUMP * run)
     nest = Nest(
         len(loops),
         tuple(tile for tile, _ in passes),
