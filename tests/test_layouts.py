@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from awqconv.errors import AwqconvError
 from awqconv.repack import layouts, reference
-from awqconv.repack.axes import Pattern
+from awqconv.repack.axes import Axis, Layout, Pattern
 
 PACKED = {
     name: pattern
@@ -119,6 +119,14 @@ def test_a_slice_at_the_granule_is_a_layout_of_its_own(case, data):
     whole = layout.offsets(dim)[start:stop] + layout.offset
     assert np.array_equal(part.offsets(dim) + part.offset, whole)
     assert np.array_equal(part.offsets(1 - dim), layout.offsets(1 - dim))
+
+
+def test_layouts_that_are_equal_are_sliced_alike():
+    one, other = (
+        Layout(bound.shape, bound.stored, tuple(Axis(*axis) for axis in bound.axes))
+        for bound in [layouts.MARLIN.bind((128, 192))] * 2
+    )
+    assert one.slice(1, 64, 128) == other.slice(1, 64, 128) != one
 
 
 def test_a_slice_off_the_granule_is_refused():

@@ -151,7 +151,7 @@ class Layout(NamedTuple):
         return Layout(
             tuple(stop - start if d == dim else n for d, n in enumerate(self.shape)),
             self.stored,
-            tuple(part if axis is outer else axis for axis in self.axes),
+            tuple(part if axis == outer else axis for axis in self.axes),
             self.offset + start // outer.logical * outer.stored,
         )
 
