@@ -17,6 +17,7 @@ import argparse
 import itertools
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +33,8 @@ from awqconv.repack import layouts
 from awqconv.targets import Linear, Part, Target, layout
 
 SHAPES = [(4096, 6144), (4096, 28672), (14336, 4096), (8192, 8192)]
-ROWS = (1, 16, 64, 256, 1024, 4096)
+FEW, MANY = (1, 16, 64), (256, 1024, 4096)
+ROWS = (*FEW, *MANY)
 # Microseconds of the CUDA Marlin kernel on an H200, and of cuBLAS beside it, measured earlier, by
 # events around each call and not in a graph.
 MARLIN = {
@@ -91,7 +93,7 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def check(
-    index: int, rows: tuple[int, ...] = (1, 5, 16, 64, 200), K: int = 1024, N: int = 1536
+    index: int, rows: tuple[int, ...] = (1, 5, 16, 32, 64, 200), K: int = 1024, N: int = 16384
 ) -> list[str]:
     """Rows of the table of errors for one layout; compiles its kernels on the way."""
     target, lines = TARGETS[index], []
@@ -101,9 +103,14 @@ def check(
             linear = Linear(K, N, g, scales=scales)
             packed = random_module(target, linear, "cuda")
             w = torch.from_numpy(reference_weight(packed, target, linear)).cuda()
-            for M in rows if g == 128 else rows[:2]:
+            for M in rows if g == 128 else [M for M in rows if M in (1, 16, 64)]:
                 x = torch.randn(M, K, device="cuda").to(dtype)
                 errors.append(error(gemm(x, packed, target, linear), x.double() @ w))
+            if g == 128:
+                for M in (16, 64):  # scales of another dtype than x
+                    other = next(d for d in DTYPES.values() if d != dtype)
+                    x = torch.randn(M, K, device="cuda").to(other)
+                    errors.append(error(gemm(x, packed, target, linear), x.double() @ w))
             errors.append(error(dequantize(packed, target, linear, dtype), w))
         linear = Linear(K, N, 128, scales=scales, kind="expert")
         experts = [random_module(target, linear, "cuda") for _ in range(4)]
@@ -125,11 +132,11 @@ def copies(nbytes: int) -> int:
     return max(3, 220_000_000 // nbytes + 1)
 
 
-def time_dense(K: int, N: int) -> list[float]:
+def time_dense(K: int, N: int, rows: tuple[int, ...]) -> list[float]:
     """Microseconds of cuBLAS, x fp16 [M, K] @ w fp16 [K, N], for each M."""
     count, out = copies(2 * K * N), []
     weights = [torch.randn(K, N, device="cuda", dtype=torch.float16) for _ in range(count)]
-    for M in ROWS:
+    for M in rows:
         xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in range(count)]
         calls = [lambda x=x, w=w: x @ w for x, w in zip(xs, weights, strict=True)]
         out.append(latency(calls) * 1e6)
@@ -159,14 +166,14 @@ def cuda_marlin() -> Callable[[torch.Tensor, dict[str, torch.Tensor], Linear], t
     return call
 
 
-def time_peer(K: int, N: int) -> list[float]:
+def time_peer(K: int, N: int, rows: tuple[int, ...]) -> list[float]:
     """Microseconds of CUDA Marlin for each M, nothing if it is not there."""
     peer, linear = cuda_marlin(), Linear(K, N, 128)
     if peer is None:
         return []
     target, out = layout("marlin"), []
     modules = [random_module(target, linear, "cuda") for _ in range(copies(K * N // 2))]
-    for M in ROWS:
+    for M in rows:
         some = modules if M <= 64 else modules[:4]
         xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in some]
         ours = gemm(xs[0], some[0], target, linear).double()
@@ -177,10 +184,8 @@ def time_peer(K: int, N: int) -> list[float]:
     return out
 
 
-def time_layout(
-    target: Target, K: int, N: int, g: int = 128, rows: tuple[int, ...] = ROWS
-) -> list[float]:
-    """Microseconds of `gemm` for each M, then of `dequantize`."""
+def time_layout(target: Target, K: int, N: int, g: int, rows: tuple[int, ...]) -> list[float]:
+    """Microseconds of `gemm` for each M; after many rows those of `dequantize`."""
     linear = Linear(K, N, g)
     modules = [random_module(target, linear, "cuda") for _ in range(copies(K * N // 2))]
     out = []
@@ -189,8 +194,24 @@ def time_layout(
         xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in some]
         calls = [lambda x=x, p=p: gemm(x, p, target, linear) for x, p in zip(xs, some, strict=True)]
         out.append(latency(calls) * 1e6)
-    out.append(latency([lambda p=p: dequantize(p, target, linear) for p in modules[:4]]) * 1e6)
+    if rows == MANY:
+        out.append(latency([lambda p=p: dequantize(p, target, linear) for p in modules[:4]]) * 1e6)
     return out
+
+
+def in_turn(K: int, N: int, times: int = 5) -> str:
+    """Ratios of marlin to cuBLAS at the most rows, timed one after the other, and their median.
+
+    Both draw so much power that the clock of the one depends on what ran before.
+    """
+    target, linear, count = layout("marlin"), Linear(K, N, 128), 3
+    xs = [torch.randn(ROWS[-1], K, device="cuda", dtype=torch.float16) for _ in range(count)]
+    weights = [torch.randn(K, N, device="cuda", dtype=torch.float16) for _ in xs]
+    modules = [random_module(target, linear, "cuda") for _ in xs]
+    dense = [lambda x=x, w=w: x @ w for x, w in zip(xs, weights, strict=True)]
+    ours = [lambda x=x, p=p: gemm(x, p, target, linear) for x, p in zip(xs, modules, strict=True)]
+    ratios = sorted(latency(ours, 5) / latency(dense, 5) for _ in range(times))
+    return f"{', '.join(f'{r:.2f}' for r in ratios)}, median {statistics.median(ratios):.2f}"
 
 
 def copy_bandwidth() -> float:
@@ -209,9 +230,30 @@ def row(name: str, values: Sequence[float], bases: Sequence[float] = ()) -> str:
     return f"| {name} | {' | '.join(cells)} |" + " |" * (len(ROWS) + 1 - len(values))
 
 
+def measure() -> tuple[dict[tuple[int, int, str], list[float]], dict[str, list[float]]]:
+    """Microseconds by K, N and what was timed; and of groups of 32, few rows, the last shape.
+
+    Few rows first, of everything: products of thousands of rows lower the clock for a while.
+    """
+    times: dict[tuple[int, int, str], list[float]] = {}
+    small: dict[str, list[float]] = {}
+    for rows in (FEW, MANY):
+        for K, N in SHAPES:
+            times.setdefault((K, N, "cuBLAS"), []).extend(time_dense(K, N, rows))
+            times.setdefault((K, N, "peer"), []).extend(time_peer(K, N, rows))
+            for target in TARGETS:
+                own = time_layout(target, K, N, 128, rows)
+                times.setdefault((K, N, target.name), []).extend(own)
+        if rows == FEW:
+            for target in TARGETS:
+                small[target.name] = time_layout(target, *SHAPES[-1], 32, rows)
+    return times, small
+
+
 def report(errors: list[str], command: str) -> str:
     """The Markdown table; times every layout."""
     bandwidth = copy_bandwidth()
+    times, small = measure()
     heads = [f"M {M}" for M in ROWS]
     lines = [
         "# GPU kernels",
@@ -220,13 +262,13 @@ def report(errors: list[str], command: str) -> str:
         f"triton {triton.__version__}, 2026-11-22: `{command}`",
         "",
         f"An elementwise kernel moves {bandwidth / 1e12:.2f} TB/s. Times in microseconds, fp16, g = 128, "
-        "median of CUDA graph replays over weights that exceed the L2. `floor`: packed weight, zero "
-        "points and scales read once at that rate.",
+        "median of CUDA graph replays over weights that exceed the L2; all of few rows before those of "
+        "many, which lower the clock. `floor`: packed weight, zero points and scales read once at that "
+        "rate.",
         "",
     ]
     for K, N in SHAPES:
-        dense, peer = time_dense(K, N), time_peer(K, N)
-        marlin: list[float] = []
+        dense, peer = times[K, N, "cuBLAS"], times[K, N, "peer"]
         lines += [
             f"## K {K}, N {N}",
             "",
@@ -237,37 +279,38 @@ def report(errors: list[str], command: str) -> str:
             row("cuBLAS, quoted", CUBLAS[K, N]),
             row("cuBLAS, this run", dense),
         ]
+        *marlin, _ = times[K, N, "marlin"]
         for target in TARGETS:
-            *times, plain = time_layout(target, K, N)
+            *own, plain = times[K, N, target.name]
             parts = target.parts(Linear(K, N, 128))
             nbytes = sum(part.nbytes(Linear(K, N, 128)) for part in parts)
             floor, pass_floor = (n / bandwidth * 1e6 for n in (nbytes, nbytes + 2 * K * N))
-            lines.append(row(target.name, [*times, plain], [*MARLIN[K, N], None, pass_floor]))
+            lines.append(row(target.name, [*own, plain], [*MARLIN[K, N], None, pass_floor]))
             if target.name == "marlin":
-                marlin = times
                 if peer:
-                    lines.append(row("marlin / CUDA Marlin, this run", times, peer))
+                    lines.append(row("marlin / CUDA Marlin, this run", own, peer))
                 extra = [d + pass_floor for d in dense]
-                lines.append(row("marlin / (cuBLAS + floor of one pass)", times, extra))
-                lines.append(row("marlin / cuBLAS", times, dense))
-                shares = " | ".join(f"{floor / t:.0%}" for t in times)
+                lines.append(row("marlin / (cuBLAS + floor of one pass)", own, extra))
+                lines.append(row("marlin / cuBLAS", own, dense))
+                shares = " | ".join(f"{floor / t:.0%}" for t in own)
                 lines.append(f"| floor / marlin | {shares} | |")
             else:
-                lines.append(row(f"{target.name} / marlin", times, marlin))
-        lines.append("")
+                lines.append(row(f"{target.name} / marlin", own, marlin))
+        turns = in_turn(K, N)
+        lines += ["", f"marlin / cuBLAS at M {ROWS[-1]}, timed in turn: {turns}.", ""]
         print("\n".join(lines[lines.index(f"## K {K}, N {N}") :]), flush=True)
+    K, N = SHAPES[-1]
     lines += [
         "## Groups of 32",
         "",
-        "Chunks of words of these layouts reach over several such groups: each weight is scaled.",
+        f"K {K}, N {N}; in brackets over g = 128 above.",
         "",
-        f"| | {' | '.join(heads[:3])} |",
-        "|---" * 4 + "|",
+        f"| | {' | '.join(heads[: len(FEW)])} |",
+        "|---" * (len(FEW) + 1) + "|",
     ]
-    for name in ("marlin", "compressed-tensors"):
-        times = time_layout(layout(name), 8192, 8192, 32, ROWS[:3])[:3]
-        cells = " | ".join(f"{t:.1f}" for t in times)
-        lines.append(f"| {name}, K 8192, N 8192 | {cells} |")
+    for name, own in small.items():
+        cells = (ratio(t, base) for t, base in zip(own, times[K, N, name], strict=False))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
         "In brackets: over the quoted Marlin time, or what the row names; for dequantize, over its",
@@ -275,10 +318,12 @@ def report(errors: list[str], command: str) -> str:
         "",
         "## Relative Frobenius error against float64",
         "",
-        "K 1024, N 1536, random codes, zero points and scales; w from the reference implementation.",
+        "K 1024, N 16384, random codes, zero points and scales; w from the reference implementation.",
         "",
-        "| layout | dtype | M 1 | M 5 | M 16 | M 64 | M 200 | w | g 32, M 1 | g 32, M 5 | g 32, w | 4 experts |",
-        "|---" * 12 + "|",
+        "`x other`: x in the other dtype of the two than scales, y in x's.",
+        "",
+        "| layout | scales | M 1 | M 5 | M 16 | M 32 | M 64 | M 200 | x other, M 16 | x other, M 64 | w | g 32, M 1 | g 32, M 16 | g 32, M 64 | g 32, w | 4 experts |",
+        "|---" * 16 + "|",
         *errors,
     ]
     return "\n".join(lines) + "\n"
@@ -287,10 +332,14 @@ def report(errors: list[str], command: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--check", action="store_true", help="one small call of every kernel")
+    parser.add_argument(
+        "--check", nargs="*", metavar="LAYOUT", help="one small call of every kernel, or of some"
+    )
     options = parser.parse_args()
-    if options.check:
-        for index in range(len(TARGETS)):
+    if options.check is not None:
+        for index, target in enumerate(TARGETS):
+            if options.check and target.name not in options.check:
+                continue
             print(*check(index, (1, 16, 64), 256, 256), sep="\n", flush=True)
         return 0
     workers = min(len(TARGETS), os.cpu_count() or 1)

@@ -145,6 +145,7 @@ def test_dequantize_rounds_once(name: str, shape: tuple[int, int, int], scales: 
 
 CASES = [(1, shape, "F16") for shape in SHAPES] + [
     (19, SHAPES[0], "F16"),
+    (19, SHAPES[5], "F16"),
     (3, SHAPES[0], "F16"),
     (70, (512, 256, 128), "F16"),
     (5, SHAPES[0], "BF16"),

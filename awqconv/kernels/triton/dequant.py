@@ -129,9 +129,9 @@ def launch(
     linear, k, n = own.linear, own.codes.k, own.codes.n
     E, JN = len(words), len(n.offset)
     out = torch.empty(E, linear.K, linear.N, dtype=dtype, device=words.device)
-    BN = max(n.run, 128 // JN)
-    BN = triton.next_power_of_2(BN)
-    BK = max(32, 2048 // BN)
+    width, count = (64, 1024) if JN > 2 else (128, 2048)  # columns and words of a tile
+    BN = triton.next_power_of_2(max(n.run, width // JN))
+    BK = max(32, count // BN)
     while BK > 1 and not folds(k, BK, linear.g):
         BK //= 2
     fold = folds(k, BK, linear.g)

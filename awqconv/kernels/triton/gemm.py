@@ -8,13 +8,16 @@ words go from memory to the tensor cores without a shuffle:
     acc[jn] [BN, BM] += s[jn] * sum over jk of (q[jn, jk] - z[jn]) [BN, BK] @ x[jk]^T [BK, BM]
 
 q - z is exact in fp16 and bf16. Where a tile lies inside one group the scale is applied once to
-the fp32 sums; otherwise to each weight, which is then rounded to x's dtype. K is split over
-programs, of which the last to finish adds the fp32 parts in a fixed order, so results repeat.
+the fp32 sums, unless these are so many that it is cheaper to scale the weights; these are then
+rounded to x's dtype, as they are where a tile holds several groups. K is split over programs, of
+which the last to finish adds the fp32 parts in a fixed order, so results repeat.
 
 Which word row is which row of the tile is free, as x is gathered and y scattered: where words that
 follow each other along n are few, a tile is read in the order of its addresses and its digits are
 put so that each thread's own words lie together (`Order`). A product of one to four rows of x has
-columns to spare for the sums of several groups, which are then scaled together.
+columns to spare for the sums of several groups, which are then scaled together. Where a word feeds
+many accumulators the warps of a program split k and not n: a tile has fewer columns, and their
+sums are added within the program rather than through memory.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment, misc"
@@ -102,8 +105,58 @@ def scaled(words, shift: tl.constexpr, z, s, extract: tl.constexpr, dtype: tl.co
 
 
 @triton.jit
+def nought(SLICES: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr):
+    """Sums to begin with: zeros [BN, BM], or for each of several slices."""
+    out = tl.zeros((BN, BM), tl.float32)
+    if SLICES > 1:
+        out = tl.zeros((SLICES, BN, BM), tl.float32)
+    return out
+
+
+@triton.jit
+def along(values, BK: tl.constexpr):
+    """Numbers [BN, groups] repeated along BK word rows, as many to each group: [BN, BK]."""
+    BN: tl.constexpr = values.shape[0]
+    GROUPS: tl.constexpr = values.shape[1]
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (BN, GROUPS, BK // GROUPS)), (BN, BK))
+
+
+@triton.jit
+def across(acc):
+    """Accumulators [slices, BN, BM] summed over slices: one exchange between warps for all."""
+    SLICES: tl.constexpr = acc[0].shape[0]
+    BN: tl.constexpr = acc[0].shape[1]
+    BM: tl.constexpr = acc[0].shape[2]
+    number: tl.constexpr = len(acc)
+    for halving in tl.static_range(1, 4):
+        if number >> halving > 0:
+            pairs = ()
+            for i in tl.static_range(number >> halving):
+                pairs += (tl.join(acc[i], acc[i + (number >> halving)]),)
+            acc = pairs
+    out = tl.permute(tl.reshape(acc[0], (SLICES, BN * BM * number)), 1, 0)
+    for halving in tl.static_range(1, 4):
+        if SLICES >> halving > 0:
+            a, b = tl.split(tl.reshape(out, (BN * BM * number, SLICES >> halving, 2)))
+            out = a + b
+    flat = (tl.reshape(out, (BN * BM * number,)),)
+    for halving in tl.static_range(3):
+        if number >> halving > 1:  # the lowest bit of jn first
+            even, odd = (), ()
+            for i in tl.static_range(1 << halving):
+                a, b = tl.split(tl.reshape(flat[i], (BN * BM * (number >> (halving + 1)), 2)))
+                even += (a,)
+                odd += (b,)
+            flat = even + odd
+    out = ()
+    for i in tl.static_range(number):
+        out += (tl.reshape(flat[i], (BN, BM)),)
+    return out
+
+
+@triton.jit
 def beside(tiles):
-    """One, two, four or eight matrices [BN, BK] as one [BN, number * BK]."""
+    """One, two, four or eight matrices [BN, BK] as one [BN, number * BK]; one of any shape."""
     BN: tl.constexpr = tiles[0].shape[0]
     BK: tl.constexpr = tiles[0].shape[1]
     number: tl.constexpr = len(tiles)
@@ -120,7 +173,15 @@ def beside(tiles):
         out = tl.permute(out, 0, 2, 3, 1)
     elif number == 8:
         out = tl.permute(out, 0, 2, 3, 4, 1)
-    return tl.reshape(out, (BN, number * BK))
+    if number > 1:
+        out = tl.reshape(out, (BN, number * BK))
+    return out
+
+
+@triton.jit
+def shifted(product, z, s, total):
+    """The sums of (q - z) * s * x [..., BN, BM] from those of q * x and the totals of x."""
+    return (product - tl.expand_dims(z, -1) * total) * tl.expand_dims(s, -1)
 
 
 @triton.jit
@@ -256,14 +317,14 @@ def decode(stored, z_at, z_form: tl.constexpr, s_form: tl.constexpr):
                 z = (z >> z_form[4][jn]) & 15
             else:
                 z = (z.to(tl.int32) >> ((z_at[jn] & 1) * 4)) & 15
-            z = (z ^ z_form[1]).to(tl.float32)
+            z = (z ^ z_form[1]).to(tl.float32) - 8
         else:
             if z_form[3] > 1:
                 z = half(z, jn % 2, z_form[4])
-            z = (z.to(tl.float32) - z_form[2]) * z_form[1]
+            z = z.to(tl.float32) * z_form[1] - (z_form[1] * z_form[2] + 8)
         if s_form[0] > 1:
             s = half(s, jn % 2, s_form[1])
-        out += (z - 8, s.to(tl.float32))
+        out += (z, s.to(tl.float32))
     return out
 
 
@@ -281,27 +342,33 @@ def gemm_kernel(
     digits: tl.constexpr, shape: tl.constexpr, axes: tl.constexpr,
     n_bits: tl.constexpr, k_bits: tl.constexpr,
     BM: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
+    SLICES: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr, WEIGH: tl.constexpr,
+    EXACT: tl.constexpr, FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     STEADY: tl.constexpr, AHEAD: tl.constexpr, JOIN: tl.constexpr,
     GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`per` chunks of BK word rows, of one or more jobs; a job is one tile of y.
+    """`per` chunks of SLICES times BK word rows, of one or more jobs; a job is one tile of y.
 
-    x [M, chunks, jk, BK] and its sums [chunks, M] as `arrange_kernel` leaves them. Each constexpr
-    line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is int32
-    [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
-    FOLD: a chunk lies in one group, so its fp32 sums are scaled and not the weights.
+    x [M, chunks, slices, jk, BK] and its sums [chunks, slices, M] as `arrange_kernel` leaves them.
+    Each constexpr line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is
+    int32 [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
+    FOLD: a slice lies in one group, so fp32 sums are scaled and not the weights, or it has GROUPS
+    parts that do, of BK / GROUPS word rows; PER such parts make a group. WEIGH: scale the weights
+    all the same. EXACT: scales have x's dtype.
+    Slices are multiplied side by side, each by a warp, and their sums added at the end.
     A product has SLOTS * BM columns, the rows of x once for each of SLOTS chunks and zero but for
     the chunk at hand: few rows then keep the sums of several groups apart until they are scaled.
     """
     JK: tl.constexpr = len(k_shift)
     JN: tl.constexpr = len(n_shift)
     WIDE: tl.constexpr = BM * SLOTS
-    DIRECT: tl.constexpr = FOLD and SLOTS == 1 and JOIN == JK
+    DIRECT: tl.constexpr = FOLD and not WEIGH and SLOTS == 1 and JOIN == JK
+    PARTS: tl.constexpr = SLICES * GROUPS
     dtype: tl.constexpr = x.dtype.element_ty
-    chunks = tl.cdiv(k_words, BK)
+    chunks = tl.cdiv(k_words, SLICES * BK)
     row_blocks = jobs // tl.cdiv(n_words, BN)
+    last_group = (k_words * JK - 1) // g
     begin = tl.program_id(0) * per
     stop = tl.minimum(begin + per, jobs * chunks)
     if CHAIN:
@@ -327,7 +394,16 @@ def gemm_kernel(
         n_row_in = n_row if EVEN_N else tl.minimum(n_row, n_words - 1)
         n = place(n_row_in, n_index_stride, n_index)
         words_n = words_job + place(n_row_in, n_word_stride, n_word)[:, None]
-        k_tile = spread(tl.arange(0, BK), k_bits)
+        k_tile = spread(tl.arange(0, BK), k_bits)[None, :]
+        x_rows = x + column[None, :].to(tl.int64) * (chunks * SLICES * JK * BK)
+        x_rows += tl.arange(0, JOIN * BK)[:, None]
+        part_of = 0
+        if SLICES > 1:
+            part_of = tl.arange(0, SLICES)[:, None]
+            k_tile += part_of[:, :, None] * BK
+            x_rows += part_of[:, :, None] * (JK * BK)
+        elif GROUPS > 1:
+            part_of = tl.arange(0, GROUPS)[None, :]
         if len(digits) > 0:
             t = tl.arange(0, BN * BK)
             words_tile = words_job + start(job // row_blocks, BN, n_word_stride, n_word)
@@ -339,29 +415,31 @@ def gemm_kernel(
                     digit *= k_word_stride
                 words_tile += digit
         else:
-            words_tile = words_n + place(k_tile, k_word_stride, k_word)[None, :]
-        x_rows = x + column[None, :].to(tl.int64) * (chunks * JK * BK)
-        x_rows += tl.arange(0, JOIN * BK)[:, None]
+            words_tile = words_n + place(k_tile, k_word_stride, k_word)
 
         first = tl.maximum(begin, job * chunks) - job * chunks
         last = tl.minimum(stop, (job + 1) * chunks) - job * chunks
         acc, parts = (), ()
         for _ in tl.static_range(JN):
-            acc += (tl.zeros((BN, WIDE), tl.float32),)
+            acc += (nought(SLICES, BN, WIDE),)
         for _ in tl.static_range(JN if SLOTS > 1 else 0):
             parts += (tl.zeros((BN, WIDE), tl.float32),)
-        z_at, s_at = columns(n, zn_stride, sn_stride, zn, sn, z_form, n_offset)
+        z_at, s_at = columns(n[:, None] if GROUPS > 1 else n, zn_stride, sn_stride, zn, sn, z_form,
+                             n_offset)  # fmt: skip
         if AHEAD:
-            stored = fetch(zeros_job, scales_job, first * (BK * JK) // g, z_at, s_at,
+            group = (first * PARTS + part_of) // PER
+            if PARTS > 1 and not EVEN_K:
+                group = tl.minimum(group, last_group)
+            stored = fetch(zeros_job, scales_job, group, z_at, s_at,
                            zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
         for chunk in tl.range(first, last, num_stages=STAGES):
-            k_row = chunk * BK + k_tile
+            k_row = chunk * (SLICES * BK) + k_tile
             if STEADY:
-                at = words_tile + start(chunk, BK, k_word_stride, k_word)
+                at = words_tile + start(chunk, SLICES * BK, k_word_stride, k_word)
             else:
                 at = tl.minimum(k_row, k_words - 1)
-                at = words_n + place(at, k_word_stride, k_word)[None, :]
-            w = tl.load(at) if EVEN_K else tl.load(at, (k_row < k_words)[None, :], other=0)
+                at = words_n + place(at, k_word_stride, k_word)
+            w = tl.load(at) if EVEN_K else tl.load(at, k_row < k_words, other=0)
             if len(digits) > 0:
                 w = tl.reshape(w, shape)
                 w = tl.permute(
@@ -374,35 +452,50 @@ def gemm_kernel(
             if FOLD and SLOTS == 1:
                 # Fetch the next chunk's numbers while this one is multiplied.
                 ahead = tl.minimum(chunk + 1, last - 1) if AHEAD else chunk
-                after = fetch(zeros_job, scales_job, ahead * (BK * JK) // g, z_at, s_at,
+                group = (ahead * PARTS + part_of) // PER
+                if PARTS > 1 and not EVEN_K:
+                    group = tl.minimum(group, last_group)
+                after = fetch(zeros_job, scales_job, group, z_at, s_at,
                               zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
                 zs = decode(stored if AHEAD else after, z_at, z_form, s_form)
-                products = ()
-                for _ in tl.static_range(JN):
-                    products += (tl.zeros((BN, WIDE), tl.float32),)
-                total = tl.load(sums + chunk * M + column, column_in, other=0.0)[None, :]
+                products = acc
+                if not WEIGH:
+                    products = ()
+                    for _ in tl.static_range(JN):
+                        products += (nought(SLICES, BN, WIDE),)
+                    total = sums + (chunk * SLICES + part_of) * M + column
+                    total = tl.expand_dims(tl.load(total, column_in, other=0.0), -2)
             elif FOLD:
                 products = parts
             else:
                 products = acc
             for piece in tl.static_range(JK // JOIN):
-                xt = tl.load(x_rows + (chunk * JK + piece * JOIN) * BK, x_in[None, :], other=0.0)
+                xt = x_rows + (chunk * (SLICES * JK) + piece * JOIN) * BK
+                xt = tl.load(xt, x_in[None, :], other=0.0)
                 added = ()
                 for jn in tl.static_range(JN):
                     weights = ()
                     for jk in tl.static_range(piece * JOIN, piece * JOIN + JOIN):
-                        if FOLD:
+                        if FOLD and not WEIGH:
                             weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
                         else:
-                            group = place(tl.minimum(k_row, k_words - 1), k_index_stride, k_index)
-                            group = ((group + k_offset[jk]) // g)[None, :]
-                            column_n = n[:, None] + n_offset[jn]
-                            z2_at = (place(column_n, zn_stride, zn),)
-                            s2_at = (place(column_n, sn_stride, sn),)
-                            each = fetch(zeros_job, scales_job, group, z2_at, s2_at,
-                                         zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
-                            z, s = decode(each, z2_at, z_form, s_form)
-                            if len(extract) > 0 and scales.dtype.element_ty == dtype:
+                            if GROUPS > 1:
+                                z, s = along(zs[2 * jn], BK), along(zs[2 * jn + 1], BK)
+                            elif FOLD:
+                                z = tl.expand_dims(zs[2 * jn], -1)
+                                s = tl.expand_dims(zs[2 * jn + 1], -1)
+                            else:
+                                group = tl.minimum(k_row, k_words - 1)
+                                group = place(group, k_index_stride, k_index) + k_offset[jk]
+                                column_n = n[:, None] + n_offset[jn]
+                                z2_at = (place(column_n, zn_stride, zn),)
+                                s2_at = (place(column_n, sn_stride, sn),)
+                                each = fetch(
+                                    zeros_job, scales_job, group // g, z2_at, s2_at,
+                                    zg_stride, sg_stride, zg, sg, z_form, s_form,
+                                )  # fmt: skip
+                                z, s = decode(each, z2_at, z_form, s_form)
+                            if len(extract) > 0 and EXACT:
                                 weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, extract, dtype)
                             else:
                                 weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
@@ -410,17 +503,16 @@ def gemm_kernel(
                         weights += (weight,)
                     product = multiply(beside(weights), xt, products[jn], extract)
                     if DIRECT:
-                        product = (product - zs[2 * jn][:, None] * total) * zs[2 * jn + 1][:, None]
-                        product += acc[jn]
+                        product = shifted(product, zs[2 * jn], zs[2 * jn + 1], total) + acc[jn]
                     added += (product,)
                 products = added
-            if DIRECT or not FOLD:
+            if DIRECT or WEIGH or not FOLD:
                 acc = products
             elif SLOTS == 1:
                 finished = ()
                 for jn in tl.static_range(JN):
-                    part = products[jn] - zs[2 * jn][:, None] * total
-                    finished += (acc[jn] + part * zs[2 * jn + 1][:, None],)
+                    part = shifted(products[jn], zs[2 * jn], zs[2 * jn + 1], total)
+                    finished += (acc[jn] + part,)
                 acc = finished
             else:
                 parts = products
@@ -431,8 +523,8 @@ def gemm_kernel(
                     total = tl.load(sums + own * M + column, own_in, other=0.0)[None, :]
                     z2_at, s2_at = columns(n[:, None], zn_stride, sn_stride, zn, sn, z_form,
                                            n_offset)  # fmt: skip
-                    zs = fetch(zeros_job, scales_job, (own * (BK * JK) // g)[None, :], z2_at,
-                               s2_at, zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
+                    zs = fetch(zeros_job, scales_job, (own // PER)[None, :], z2_at, s2_at,
+                               zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
                     zs = decode(zs, z2_at, z_form, s_form)
                     finished, parts = (), ()
                     for jn in tl.static_range(JN):
@@ -443,6 +535,8 @@ def gemm_kernel(
             if AHEAD:
                 stored = after
 
+        if SLICES > 1:
+            acc = across(acc)
         if SLOTS > 1:
             whole = ()
             for jn in tl.static_range(JN):
@@ -499,6 +593,9 @@ def finish(acc, y, bias, m, n, mask, N, n_offset: tl.constexpr, BIAS: tl.constex
         tl.store(y + at, total.to(y.dtype.element_ty), mask)
 
 
+REGISTERS = 65536  # of an NVIDIA multiprocessor
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a program of `gemm_kernel` computes, and how it is compiled."""
@@ -507,10 +604,24 @@ class Tile:
     BN: int  # word rows along n: a tile covers BN * len(n.shift) columns
     BK: int  # word rows along k
     warps: int
-    programs: int  # that the work is divided into
+    resident: int  # programs that share a multiprocessor
     slots: int = 1  # chunks whose sums a product keeps apart, each in BM columns of its own
     join: int = 1  # nibbles along k that one product takes
     by_address: bool = False  # load words in the order of their addresses (see `Order`)
+    slices: int = 1  # of BK word rows each, that a chunk consists of: as many as warps, or one
+    groups: int = 1  # that BK word rows lie in
+    weigh: bool = False  # scale weights, not sums
+
+    @property
+    def programs(self) -> int:
+        """That the work is divided into."""
+        return self.resident * multiprocessors()
+
+    @property
+    def registers(self) -> int | None:
+        """Of a thread, so that `resident` programs fit; None where any number does."""
+        most = REGISTERS // (32 * self.warps * self.resident)
+        return most if most < 255 else None
 
 
 @dataclass(frozen=True)
@@ -621,35 +732,49 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
     whether products of few rows may keep several groups apart.
     """
     JN, JK, n = len(own.n.offset), len(own.k.offset), own.n.words
-    BK = {1: 16, 2: 32}.get(JN, 64 if 8 < M <= 16 else 128)
-    while BK > 16 and not folds(own.k, BK, g):
-        BK //= 2
-    BM = triton.next_power_of_2(min(M, 16 if JN > 2 else 64))
-    BM, count = (BM, 8 // BM) if slots and BM < 8 and folds(own.k, BK, g) else (max(BM, 8), 1)
+    # Chunks within one group, of fewer word rows if need be, or else of several groups.
+    BK = {1: 16, 2: 32}.get(JN, 128 if slots and M <= 4 else 64)
+    least = BK if JN == 1 else 16 if M > 16 else 16 // JK
+    fewer = [BK >> i for i in range(8) if BK >> i >= least]
+    BK = next((b for b in fewer if folds(own.k, b, g)), BK)
+    some = [c for c in (1, 2, 4, 8, 16) if c <= BK and (c == 1 or JN <= 2)]
+    groups = next((c for c in some if folds(own.k, BK // c, g)), 1)
+    BM = triton.next_power_of_2(min(M, 64))
+    count = 8 // BM if slots and BM < 8 and groups == 1 and folds(own.k, BK, g) else 1
+    if count == 1:
+        BM = max(BM, 8 if groups == 1 else 16)
     # Words that follow each other along n in fewer than 64 bytes: a tile's rows are no long runs.
     scattered = any(own.n.word(i) != i for i in range(min(n, 16)))
     by_address = JK > 1 and own.n.word(min(1, n - 1)) == 1 and (M <= 16 or scattered)
-    resident = 4
+    slices, weigh = 1, groups > 1
     if JN > 2:
-        BN, warps, join = 32, 2, 1
-        if M > 16:
-            BN, warps, resident = 64, 4, 2
+        BN, warps, join, resident = 16, 4, 1, 2
+        if count > 1:
+            BN, warps, resident = 32, 2, 4
+        elif M > 16:
+            BM, weigh = 32, True
+            if M > 32 and n >= 2048:
+                warps, resident = 2, 4
+        slices = warps if count == 1 else 1
     elif JN == 2:
         BN, warps, join, resident = 64, 4, 4, 2
         if count > 1:
-            BN, warps, join, resident = 32, 1, 1, 8
-        elif M > 16 and (n >= 8192 or not scattered):
+            BN, warps, join, resident = 32, 1, 1 if BK > 8 else 4, 8
+        elif BK < 32 and M <= 16:
+            BM, resident = max(BM, 16 if BK < 16 else 8), 4
+        elif M > 16 and groups == 1 and (n >= 8192 or not scattered):
             join = 1
-        elif M > 16:
+        elif M > 16 and groups == 1:
             BM = 32
     else:
-        BN, warps, join = 64, 2, 4 if count > 1 else 8
-        if M > 16:
-            warps, join, resident = 4, 4, 2
-        elif M > 8:
-            BN, warps, resident = 128, 4, 2
-    programs = resident * multiprocessors()
-    return Tile(BM, BN, BK, warps, programs, count, min(join, JK), by_address)
+        BN, warps, join, resident = 64, 4, 8, 4
+        if M <= 8 and groups == 1:
+            warps, join, resident = 2, 4 if count > 1 else 8, 8
+        elif M > 16:
+            join, resident = 4 if groups == 1 else 8, 2
+    by_address = by_address and groups == slices == 1
+    join = min(join, JK)
+    return Tile(BM, BN, BK, warps, resident, count, join, by_address, slices, groups, weigh)
 
 
 def share(jobs: int, chunks: int, tile: Tile) -> int:
@@ -681,24 +806,26 @@ def launch(
     k, n = own.codes.k, own.codes.n
     words = packed[own.q.suffix].view(torch.int32)
     zeros, scales = packed[own.z.suffix], packed[own.s.suffix]
-    chunks = triton.cdiv(k.words, tile.BK)
+    step = tile.slices * tile.BK  # word rows of a chunk
+    chunks = triton.cdiv(k.words, step)
     span = tile.BK * len(k.offset)
-    arranged = torch.empty(M, chunks * span, dtype=x.dtype, device=device)
-    totals = torch.empty(chunks, M, dtype=torch.float32, device=device)
+    arranged = torch.empty(M, chunks * tile.slices * span, dtype=x.dtype, device=device)
+    totals = torch.empty(chunks * tile.slices, M, dtype=torch.float32, device=device)
     nvidia = device.type == "cuda" and torch.version.cuda is not None
     chain = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     k_index = {name: own.constants[name] for name in ("k_index", "k_offset")}
     pdl = {"launch_pdl": True} if chain else {}
-    even_k, even_n = k.words % tile.BK == 0, n.words % tile.BN == 0
+    registers = {"maxnreg": tile.registers} if nvidia and tile.registers else {}
+    even_k, even_n = k.words % step == 0, n.words % tile.BN == 0
     words_order, even = None, even_k and even_n
     if tile.by_address and even and steady(n.word, tile.BN) and steady(k.word, tile.BK):
         words_order = order(own.codes, tile.BN, tile.BK, deep=16 * tile.warps < tile.BN)
     words_order = words_order or Order((), (), (), (), ())
-    arrange_kernel[(chunks, triton.cdiv(M, 4))](
+    arrange_kernel[(chunks * tile.slices, triton.cdiv(M, 4))](
         x.contiguous(), arranged, totals, M, k.words, own.strides["k_index_stride"], **k_index,
         k_bits=words_order.k_bits, BM=4, BK=tile.BK, CHAIN=chain, **pdl,
     )  # fmt: skip
-    fold = folds(k, tile.BK, own.linear.g)
+    fold = folds(k, tile.BK // tile.groups, own.linear.g)
     z_form, s_form = own.constants["z_form"], own.constants["s_form"]
     if not fold:
         z_form, s_form = (*z_form[:3], 1, 0), (1, 0)
@@ -726,13 +853,15 @@ def launch(
         words.stride(0), zeros.stride(0), scales.stride(0), **own.strides,
         **own.constants | {"z_form": z_form, "s_form": s_form},
         extract=extraction(x.dtype, own.q.xor) if nvidia else (),
-        BM=tile.BM, SLOTS=tile.slots, BN=tile.BN, BK=tile.BK, FOLD=fold,
+        BM=tile.BM, SLOTS=tile.slots, BN=tile.BN, BK=tile.BK, SLICES=tile.slices,
+        GROUPS=tile.groups, PER=own.linear.g * tile.groups // span if fold else 1,
+        WEIGH=tile.weigh, EXACT=packed[own.s.suffix].dtype == x.dtype, FOLD=fold,
         digits=words_order.digits, shape=words_order.shape, axes=words_order.axes,
         n_bits=words_order.n_bits, k_bits=words_order.k_bits, EVEN_K=even_k, EVEN_N=even_n,
-        JOIN=tile.join, STEADY=steady(k.word, tile.BK),
+        JOIN=tile.join, STEADY=steady(k.word, step),
         AHEAD=fold and tile.slots == 1 and len(n.offset) <= 2,
         GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
         STAGES=STAGES, num_warps=tile.warps, num_stages=STAGES,
-        **pdl,
+        **pdl, **registers,
     )  # fmt: skip
     return y
