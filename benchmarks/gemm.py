@@ -185,7 +185,7 @@ def time_peer(K: int, N: int, rows: tuple[int, ...]) -> list[float]:
 
 
 def time_layout(target: Target, K: int, N: int, g: int, rows: tuple[int, ...]) -> list[float]:
-    """Microseconds of `gemm` for each M; after many rows those of `dequantize`."""
+    """Microseconds of `gemm` for each M."""
     linear = Linear(K, N, g)
     modules = [random_module(target, linear, "cuda") for _ in range(copies(K * N // 2))]
     out = []
@@ -194,24 +194,29 @@ def time_layout(target: Target, K: int, N: int, g: int, rows: tuple[int, ...]) -
         xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in some]
         calls = [lambda x=x, p=p: gemm(x, p, target, linear) for x, p in zip(xs, some, strict=True)]
         out.append(latency(calls) * 1e6)
-    if rows == MANY:
-        out.append(latency([lambda p=p: dequantize(p, target, linear) for p in modules[:4]]) * 1e6)
     return out
 
 
-def in_turn(K: int, N: int, times: int = 5) -> str:
-    """Ratios of marlin to cuBLAS at the most rows, timed one after the other, and their median.
+def time_pass(target: Target, K: int, N: int) -> float:
+    """Microseconds of `dequantize`."""
+    linear = Linear(K, N, 128)
+    modules = [random_module(target, linear, "cuda") for _ in range(4)]
+    return latency([lambda p=p: dequantize(p, target, linear) for p in modules]) * 1e6
 
-    Both draw so much power that the clock of the one depends on what ran before.
+
+def in_turn(K: int, N: int, M: int, times: int = 5) -> tuple[float, float]:
+    """Microseconds of cuBLAS and of marlin, timed one after the other; medians.
+
+    Many rows draw so much power that the clock of the one depends on what ran before it.
     """
-    target, linear, count = layout("marlin"), Linear(K, N, 128), 3
-    xs = [torch.randn(ROWS[-1], K, device="cuda", dtype=torch.float16) for _ in range(count)]
+    target, linear, count = layout("marlin"), Linear(K, N, 128), 4
+    xs = [torch.randn(M, K, device="cuda", dtype=torch.float16) for _ in range(count)]
     weights = [torch.randn(K, N, device="cuda", dtype=torch.float16) for _ in xs]
     modules = [random_module(target, linear, "cuda") for _ in xs]
     dense = [lambda x=x, w=w: x @ w for x, w in zip(xs, weights, strict=True)]
     ours = [lambda x=x, p=p: gemm(x, p, target, linear) for x, p in zip(xs, modules, strict=True)]
-    ratios = sorted(latency(ours, 5) / latency(dense, 5) for _ in range(times))
-    return f"{', '.join(f'{r:.2f}' for r in ratios)}, median {statistics.median(ratios):.2f}"
+    pairs = [(latency(dense, 5) * 1e6, latency(ours, 5) * 1e6) for _ in range(times)]
+    return statistics.median(d for d, _ in pairs), statistics.median(o for _, o in pairs)
 
 
 def copy_bandwidth() -> float:
@@ -236,17 +241,22 @@ def measure() -> tuple[dict[tuple[int, int, str], list[float]], dict[str, list[f
     Few rows first, of everything: products of thousands of rows lower the clock for a while.
     """
     times: dict[tuple[int, int, str], list[float]] = {}
-    small: dict[str, list[float]] = {}
-    for rows in (FEW, MANY):
-        for K, N in SHAPES:
-            times.setdefault((K, N, "cuBLAS"), []).extend(time_dense(K, N, rows))
-            times.setdefault((K, N, "peer"), []).extend(time_peer(K, N, rows))
-            for target in TARGETS:
-                own = time_layout(target, K, N, 128, rows)
-                times.setdefault((K, N, target.name), []).extend(own)
-        if rows == FEW:
-            for target in TARGETS:
-                small[target.name] = time_layout(target, *SHAPES[-1], 32, rows)
+    for K, N in SHAPES:
+        times[K, N, "cuBLAS"] = time_dense(K, N, FEW)
+        times[K, N, "peer"] = time_peer(K, N, FEW)
+        for target in TARGETS:
+            times[K, N, target.name] = time_layout(target, K, N, 128, FEW)
+    small = {target.name: time_layout(target, *SHAPES[-1], 32, FEW) for target in TARGETS}
+    for K, N in SHAPES:
+        times[K, N, "peer"] += time_peer(K, N, MANY)
+        for M in MANY:
+            dense, ours = in_turn(K, N, M)
+            times[K, N, "cuBLAS"].append(dense)
+            times[K, N, "marlin"].append(ours)
+        for target in TARGETS:
+            if target.name != "marlin":
+                times[K, N, target.name] += time_layout(target, K, N, 128, MANY)
+            times[K, N, target.name].append(time_pass(target, K, N))
     return times, small
 
 
@@ -263,8 +273,8 @@ def report(errors: list[str], command: str) -> str:
         "",
         f"An elementwise kernel moves {bandwidth / 1e12:.2f} TB/s. Times in microseconds, fp16, g = 128, "
         "median of CUDA graph replays over weights that exceed the L2; all of few rows before those of "
-        "many, which lower the clock. `floor`: packed weight, zero points and scales read once at that "
-        "rate.",
+        "many, which lower the clock; of many rows cuBLAS and marlin in turn. `floor`: packed weight, "
+        "zero points and scales read once at that rate.",
         "",
     ]
     for K, N in SHAPES:
@@ -296,8 +306,7 @@ def report(errors: list[str], command: str) -> str:
                 lines.append(f"| floor / marlin | {shares} | |")
             else:
                 lines.append(row(f"{target.name} / marlin", own, marlin))
-        turns = in_turn(K, N)
-        lines += ["", f"marlin / cuBLAS at M {ROWS[-1]}, timed in turn: {turns}.", ""]
+        lines.append("")
         print("\n".join(lines[lines.index(f"## K {K}, N {N}") :]), flush=True)
     K, N = SHAPES[-1]
     lines += [
