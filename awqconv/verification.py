@@ -42,11 +42,12 @@ from awqconv.hub import open_source
 from awqconv.hub.ranges import READERS, Ranges
 from awqconv.jobs import largest_first
 from awqconv.repack import layouts, reference
-from awqconv.repack.floats import RAW, caster, to_float32
+from awqconv.repack.floats import RAW, caster, lossless, to_float32
 from awqconv.targets.base import Linear, Part, Target, layout
 
 Bytes = NDArray[np.uint8]
 SHARE = 128 << 20  # bytes of memory a thread may use
+WORKERS = 8  # more wait for the interpreter's lock: 16 on 16 cores are slower
 COLUMNS = 64
 ROWS = 1024
 ACTIVATIONS = 4
@@ -155,7 +156,7 @@ def verify(
     ranges: Ranges | None = None
     if not problems:
         model = open_model(folder)
-        workers = jobs or len(os.sched_getaffinity(0))
+        workers = jobs or min(len(os.sched_getaffinity(0)), WORKERS)
         progress = progress or (lambda n: None)
         if source is not None:
             origin = open_model(open_source(os.fspath(source), token=token))
@@ -404,15 +405,41 @@ class Check:
             placed = part.coded or part.dtype == (scales if part.of == "s" else "I8")
             if placed and not part.pattern.pad:
                 continue
-            info, size = module.tensors[part.suffix], part.nbytes(linear)
-            again = self._padding if placed else self._whole
-            for e, pieces in enumerate(experts):
-                for at in again(target, part, linear, pieces, info, info.start + e * size):
-                    yield (
-                        f"its {part.suffix} does not follow from its AWQ form: byte "
-                        f"{at - info.start:,} is wrong"
-                    )
-                    return
+            info = module.tensors[part.suffix]
+            for at in self._wrong(target, part, linear, experts, info, placed, scales):
+                yield (
+                    f"its {part.suffix} does not follow from its AWQ form: byte "
+                    f"{at - info.start:,} is wrong"
+                )
+                break
+
+    def _wrong(
+        self,
+        target: Target,
+        part: Part,
+        linear: Linear,
+        experts: Sequence[Pieces],
+        info: TensorInfo,
+        placed: bool,
+        scales: str,
+    ) -> Iterator[int]:
+        """Offsets in its file of wrong bytes of a part."""
+        if part.of == "s" and lossless(scales, part.dtype):
+            yield from self._widened(part, info, scales)
+            return
+        again, size = self._padding if placed else self._whole, part.nbytes(linear)
+        for e, pieces in enumerate(experts):
+            yield from again(target, part, linear, pieces, info, info.start + e * size)
+
+    def _widened(self, part: Part, info: TensorInfo, scales: str) -> Iterator[int]:
+        """The same of numbers that are right when rounded to `scales`: they are no more precise."""
+        narrow, widen = caster(part.dtype, scales), caster(scales, part.dtype)
+        at = info.start
+        for chunk in self.reader.chunks(info):
+            right = widen(narrow(chunk.view(RAW[part.dtype]))).view(np.uint8)
+            if not _same(chunk, right):
+                yield at + int((chunk != right).argmax())
+            at += len(chunk)
 
     def _whole(
         self, target: Target, part: Part, linear: Linear, pieces: Pieces, info: TensorInfo, at: int
