@@ -5,19 +5,46 @@
 
 Reading is by one thread into one buffer of 8 MiB. `exact` is `awqconv verify DEST --columns 0`:
 integrity and exactness, against the manifest; `all` adds the products. Seconds of processes,
-medians; ratios are to the reading of the same round.
+medians; ratios are to the reading of the same round. What no verification can do without: `start`
+is an interpreter that imports what verify imports, `digest` every byte read and digested once by
+as many threads as there are processors.
 """
 
 import argparse
+import os
 import shutil
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import measure
+
+from awqconv.checkpoint.header import TensorInfo
+from awqconv.checkpoint.source import Folder
+from awqconv.feed import Reader
+
+START = "import awqconv.cli, awqconv.verification"
+PIECE = 1 << 26
+
+
+def digest(folder: Path) -> float:
+    """Seconds to read and digest all files once, by threads."""
+    source = Folder(folder)
+    reader = Reader(source)
+    pieces = [
+        TensorInfo(name, "U8", (), name, start, min(start + PIECE, length))
+        for name, length in source.files().items()
+        for start in range(0, length, PIECE)
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        began = time.perf_counter()
+        list(pool.map(reader.digest, pieces))
+        return time.perf_counter() - began
 
 
 def main() -> None:
@@ -43,7 +70,8 @@ def main() -> None:
             for _ in range(args.repeat + 1):
                 measure.warm(dest)
                 read = measure.warm(dest)
-                one = {"read s": read}
+                one = {"read s": read, "digest s": digest(dest)}
+                one["start s"] = measure.measured([sys.executable, "-c", START]).wall
                 for name, columns in (("exact", 0), ("all", 64)):
                     command = measure.awqconv("verify", dest, "-q", "--columns", columns)
                     used = measure.measured(command)
