@@ -243,6 +243,11 @@ def test_compiled_code_is_kept_and_checked(monkeypatch, tmp_path) -> None:
     assert codegen._cached("name", code) == b"code" * 5
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # where no folder can be
     assert codegen._cached("name", code) == b"code" * 6
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(codegen.os.path, "expanduser", lambda path: path)  # of no known user
+    monkeypatch.chdir(tmp_path)
+    assert codegen._cached("name", code) == b"code" * 7
+    assert [path.name for path in tmp_path.iterdir()] == ["awqconv"]
 
 
 def test_kernels_of_another_process_are_taken(monkeypatch, tmp_path) -> None:

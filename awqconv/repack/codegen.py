@@ -105,7 +105,11 @@ def _cached(name: str, make: Callable[[], bytes]) -> bytes:
 
     A file is taken that is whole and the user's own: it is code that will run.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(root):  # not set, or to be ignored
+        root = os.path.expanduser("~/.cache")
+    if not os.path.isabs(root):  # a user without a home
+        return make()
     path = Path(root, "awqconv", name)
     with suppress(OSError), path.open("rb") as file:
         begin, data = file.read(32), file.read()
@@ -113,11 +117,14 @@ def _cached(name: str, make: Callable[[], bytes]) -> bytes:
         if own and begin == digest(data).encode():
             return data
     data = make()
-    with suppress(OSError):
+    new = path.with_suffix(f".{os.getpid()}")  # `compiled` lets one thread in
+    try:
         path.parent.mkdir(0o700, parents=True, exist_ok=True)
-        new = path.with_suffix(f".{os.getpid()}")  # `compiled` lets one thread in
         new.write_bytes(digest(data).encode() + data)
         new.replace(path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()
     return data
 
 
