@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -225,15 +224,14 @@ def test_truncated_file(tmp_path: Path) -> None:
     refuses(lambda: open_checkpoint(built.path), "in a file with", "model.safetensors: ", "again")
 
 
-def test_130_000_tensors_in_two_seconds() -> None:
+def test_130_000_tensors() -> None:
+    """What takes more than linear time takes hours; `benchmarks/planner.py` has the seconds."""
     header, places = build_header(
         (f"model.layers.{i}.mlp.experts.{i}.gate_proj.qweight", "I32", (4096, 512))
         for i in range(130_000)
     )
     end = max(place.stop for place in places.values()) - len(header)
-    start = time.process_time()
     assert parse_header(header[8:], end, "")[0] == places
-    assert time.process_time() - start < 4  # 1.5 s on one core of the machine it was written on
 
 
 def test_json_may_hold_infinity_where_floats_are_allowed() -> None:
