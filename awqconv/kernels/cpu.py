@@ -171,9 +171,6 @@ class Weight:
             )
         return self._nibbles(self.parts["q"]), self.z.astype(np.uint8), self.s
 
-    def _offsets(self, part: Part) -> tuple[Positions, Positions]:
-        return _offsets(part, self.linear, self.columns)
-
     def _words(self, part: Part) -> NDArray[np.uint32]:
         raw = _raw(self.packed, part.suffix, np.dtype(np.uint8), part.nbytes(self.linear))
         if len(raw) % 4:
@@ -181,7 +178,7 @@ class Weight:
         return np.require(raw.view("<u4"), requirements="A")
 
     def _nibbles(self, part: Part) -> NDArray[np.uint8]:
-        rows, columns = self._offsets(part)
+        rows, columns = _offsets(part, self.linear, self.columns)
         words = self._words(part)
         if not self.compiled:
             at = rows[:, None] + columns
@@ -193,7 +190,7 @@ class Weight:
         return out
 
     def _numbers(self, part: Part) -> Floats:
-        rows, columns = self._offsets(part)
+        rows, columns = _offsets(part, self.linear, self.columns)
         dtype = RAW[part.dtype]
         raw = _raw(self.packed, part.suffix, dtype, part.nbytes(self.linear) // dtype.itemsize)
         return to_float32(raw[rows[:, None] + columns], part.dtype)

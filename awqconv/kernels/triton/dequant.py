@@ -27,6 +27,7 @@ from awqconv.kernels.triton.gemm import (
     extraction,
     fetch,
     folds,
+    joined,
     place,
 )
 
@@ -86,13 +87,7 @@ def dequant_kernel(
         for jn in tl.static_range(JN):
             values += (centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype),)
         if len(order) > 0:
-            for halving in tl.static_range(1, 4):  # JN of [BK, BN] to one [BK, BN, 2, ...]
-                if JN >> halving > 0:
-                    pairs = ()
-                    for jn in tl.static_range(JN >> halving):
-                        pairs += (tl.join(values[jn], values[jn + (JN >> halving)]),)
-                    values = pairs
-            tile = tl.reshape(values[0], digits)
+            tile = tl.reshape(joined(values), digits)  # of JN matrices [BK, BN]
             tile = tl.permute(tile, order[0], order[1], order[2], order[3], order[4], order[5])
             tile = tl.reshape(tile, (BK, BN * JN)).to(tl.float32)
             tl.store(target + column, ((tile - zs[0]) * zs[1]).to(dtype), k_in & (column < N))

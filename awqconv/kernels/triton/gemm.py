@@ -122,19 +122,26 @@ def along(values, BK: tl.constexpr):
 
 
 @triton.jit
+def joined(tiles):
+    """Tensors [...] as one [..., 2, 2, 2], a bit of the tensor's number in each; one as it is."""
+    number: tl.constexpr = len(tiles)
+    for halving in tl.static_range(1, 4):
+        if number >> halving > 0:
+            pairs = ()
+            for i in tl.static_range(number >> halving):
+                pairs += (tl.join(tiles[i], tiles[i + (number >> halving)]),)
+            tiles = pairs
+    return tiles[0]
+
+
+@triton.jit
 def across(acc):
     """Accumulators [slices, BN, BM] summed over slices: one exchange between warps for all."""
     SLICES: tl.constexpr = acc[0].shape[0]
     BN: tl.constexpr = acc[0].shape[1]
     BM: tl.constexpr = acc[0].shape[2]
     number: tl.constexpr = len(acc)
-    for halving in tl.static_range(1, 4):
-        if number >> halving > 0:
-            pairs = ()
-            for i in tl.static_range(number >> halving):
-                pairs += (tl.join(acc[i], acc[i + (number >> halving)]),)
-            acc = pairs
-    out = tl.permute(tl.reshape(acc[0], (SLICES, BN * BM * number)), 1, 0)
+    out = tl.permute(tl.reshape(joined(acc), (SLICES, BN * BM * number)), 1, 0)
     for halving in tl.static_range(1, 4):
         if SLICES >> halving > 0:
             a, b = tl.split(tl.reshape(out, (BN * BM * number, SLICES >> halving, 2)))
@@ -160,13 +167,7 @@ def beside(tiles):
     BN: tl.constexpr = tiles[0].shape[0]
     BK: tl.constexpr = tiles[0].shape[1]
     number: tl.constexpr = len(tiles)
-    for halving in tl.static_range(1, 4):
-        if number >> halving > 0:
-            pairs = ()
-            for i in tl.static_range(number >> halving):
-                pairs += (tl.join(tiles[i], tiles[i + (number >> halving)]),)
-            tiles = pairs
-    out = tiles[0]
+    out = joined(tiles)
     if number == 2:
         out = tl.permute(out, 0, 2, 1)
     elif number == 4:
