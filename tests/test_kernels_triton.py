@@ -147,6 +147,9 @@ CASES = [(1, shape, "F16") for shape in SHAPES] + [
     (19, SHAPES[0], "F16"),
     (19, SHAPES[5], "F16"),
     (3, SHAPES[0], "F16"),
+    (19, SHAPES[0], "BF16"),
+    (37, (192, 64, 64), "F16"),  # groups of 64 where a program takes a byte of each word
+    (19, (256, 704, 128), "F16"),  # of 88 words of eight codes: a tile and a part of one
     (70, (512, 256, 128), "F16"),
     (5, SHAPES[0], "BF16"),
     (5, SHAPES[2], "BF16"),
@@ -172,18 +175,19 @@ def test_gemm_against_float64(name: str, M: int, shape: tuple[int, int, int], sc
     assert relative(y, x.double() @ w + bias.double()) < 1.2 * unit
 
 
-@pytest.mark.parametrize("name", ["awq", "marlin", "amx", "moe_wna16", "compressed-tensors"])
-def test_grouped_gemm(name: str) -> None:
+@pytest.mark.parametrize("offsets", [(0, 5, 5, 22, 23), (0, 35, 35, 69, 70)], ids=str)
+@pytest.mark.parametrize("name", ["awq", "marlin", "npu", "amx", "moe_wna16", "compressed-tensors"])
+def test_grouped_gemm(name: str, offsets: tuple[int, ...]) -> None:
     linear = Linear(128, 64, 64, kind="expert")
     experts = [module(TARGETS[name], linear, seed) for seed in range(4)]
     packed = {key: torch.stack([tensors[key] for tensors, _ in experts]) for key in experts[0][0]}
-    offsets = torch.tensor([0, 5, 5, 22, 23])
-    x = torch.randn(23, linear.K, generator=torch.Generator().manual_seed(1)).half()
-    y = grouped_gemm(x.to(DEVICE), packed, TARGETS[name], linear, offsets.to(DEVICE))
+    starts = torch.tensor(offsets)
+    x = torch.randn(int(starts[-1]), linear.K, generator=torch.Generator().manual_seed(1)).half()
+    y = grouped_gemm(x.to(DEVICE), packed, TARGETS[name], linear, starts.to(DEVICE))
     want = torch.cat(
         [
             x[a:b].double() @ w
-            for (a, b), (_, w) in zip(offsets.unfold(0, 2, 1), experts, strict=True)
+            for (a, b), (_, w) in zip(starts.unfold(0, 2, 1), experts, strict=True)
         ]
     )
     assert relative(y, want) < 2.0**-11

@@ -112,6 +112,14 @@ def side(layout: Layout, dim: int) -> Side:
     )
 
 
+def pairs(at: Side) -> tuple[tuple[int, int], ...]:
+    """The offsets of the two codes in each byte of a word, where all are of this dimension and as
+    far apart in every byte; else none."""
+    offset = [o for _, o in sorted(zip(at.shift, at.offset, strict=True))]
+    found = tuple(zip(offset[0::2], offset[1::2], strict=True)) if len(offset) == WORD else ()
+    return found if len({b - a for a, b in found}) == 1 else ()
+
+
 @dataclass(frozen=True)
 class Codes:
     """Packed codes [K, N]: both sides, and what every code was xored with."""

@@ -17,7 +17,8 @@ follow each other along n are few, a tile is read in the order of its addresses 
 put so that each thread's own words lie together (`Order`). A product of one to four rows of x has
 columns to spare for the sums of several groups, which are then scaled together. Where a word feeds
 many accumulators the warps of a program split k and not n: a tile has fewer columns, and their
-sums are added within the program rather than through memory.
+sums are added within the program rather than through memory. For more rows of x than 16 four
+programs read such words, each for one of their bytes.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, assignment, misc"
@@ -26,7 +27,7 @@ sums are added within the program rather than through memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -34,7 +35,7 @@ import torch
 import triton
 import triton.language as tl
 
-from awqconv.kernels.triton.address import Codes, Line, Order, Side, codes, line, order
+from awqconv.kernels.triton.address import Codes, Line, Order, Side, codes, line, order, pairs
 from awqconv.targets.base import Linear, Part
 
 
@@ -73,20 +74,30 @@ def spread(index, bits: tl.constexpr):
 
 @triton.jit
 def centred(
-    words, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
+    words, byte, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
 ):
     """The code at bit `shift` of each int32 word, minus 8, in fp16 or bf16; exact.
 
-    `extract` is PTX for each of the eight nibbles (see `extraction`), or nothing.
+    `extract` is PTX for each of the eight nibbles (see `extraction`), or nothing. `byte`: None, or
+    a tensor that says which byte of the words counts (see `bytewise`); shift is then 0 or 4 in it.
     """
     if len(extract) == 0:
+        if byte is not None:
+            words = words >> ((byte & 15) * 8)
         code = ((((words >> shift) & 15) ^ xor) - 8).to(tl.float32).to(dtype)
-    else:
+    elif byte is None:
         asm: tl.constexpr = extract[shift // 4]
         if dtype == tl.float16:
             code = tl.inline_asm_elementwise(asm, "=r,r,r", [words], tl.float16, True, 2)
         else:
             code = tl.inline_asm_elementwise(asm, "=r,r,r", [words], tl.bfloat16, True, 2)
+    else:
+        part: tl.constexpr = extract[16 + shift // 4]
+        both = [words, byte]
+        if dtype == tl.float16:
+            code = tl.inline_asm_elementwise(part, "=r,r,r,r,r", both, tl.float16, True, 2)
+        else:
+            code = tl.inline_asm_elementwise(part, "=r,r,r,r,r", both, tl.bfloat16, True, 2)
     return code
 
 
@@ -198,12 +209,12 @@ def multiply(a, b, acc, extract: tl.constexpr):
 @cache
 def extraction(dtype: torch.dtype, xor: int) -> tuple[str, ...]:
     """PTX of `centred`, a text for each nibble: 16 codes of two words in about 20 instructions;
-    then the same of `scaled`.
+    then the same of `scaled`, then of `centred` the two nibbles of a byte that $3 selects.
 
     The codes of both words at one nibble are or-ed into the mantissas of a pair of numbers, which
     then hold 1024 + q, or 1024 + 16 q for every second nibble (bfloat16: 128 + q).
     """
-    plain, times = [], []
+    plain, times, chosen = [], [], []
     for nibble in range(8):
         halves = "0x5410" if nibble < 4 else "0x7632"  # the lower or the upper half of both words
         shift, low = nibble % 4 * 4, 0
@@ -227,21 +238,30 @@ def extraction(dtype: torch.dtype, xor: int) -> tuple[str, ...]:
                 "add.f16x2", "t, c", "mul.f16x2 $0, t, $4", "0xe408e408", ""
             )  # fmt: skip
         plain.append(f"{text}mov.b32 c, {constant}; {add} $0, {less}; }}")
+        if nibble < 2:
+            chosen.append(plain[nibble].replace(halves, "$3"))
         times.append(f"{text}mov.b32 c, $3; {add} t, {less}; {zero}{times_s}; }}")
-    return (*plain, *times)
+    return (*plain, *times, *chosen)
 
 
 @triton.jit
 def arrange_kernel(
-    x, out, sums, M, k_words, k_index_stride, k_index: tl.constexpr, k_offset: tl.constexpr,
-    k_bits: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
+    x, out, sums, takes, M, k_words, k_index_stride, k_index: tl.constexpr,
+    k_offset: tl.constexpr, k_bits: tl.constexpr, numbers: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """x [M, K] to out [M, chunks, jk, BK], zero beyond K, and its sums float32 [chunks, M]."""
+    """x [M, K] to out [M, chunks, jk, BK], zero beyond K, and its sums float32 [chunks, M].
+
+    `numbers`, if any, to `takes`: so that the GEMM has them in memory (see there) on any stream.
+    """
     if CHAIN:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     JK: tl.constexpr = len(k_offset)
     chunk = tl.program_id(0)
+    if (chunk == 0) & (tl.program_id(1) == 0):
+        for i in tl.static_range(len(numbers)):
+            tl.store(takes + i, numbers[i])
     m = tl.program_id(1) * BM + tl.arange(0, BM)
     row = chunk * BK + spread(tl.arange(0, BK), k_bits)
     mask = (m < M)[:, None] & (row < k_words)[None, :]
@@ -304,18 +324,18 @@ def half(pair, index: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode(stored, z_at, z_form: tl.constexpr, s_form: tl.constexpr):
+def decode(stored, z_at, z_first, z_form: tl.constexpr, s_form: tl.constexpr):
     """What `fetch` returned as float32, zero points less 8.
 
     `z_form`: (coded, xor, 0, step, dtype or shifts), each zero point in the nibble of its
-    position, else (not coded, sign, offset, ...).
+    position, else (not coded, sign, offset, ...). `z_first`: added to the shifts.
     """
     out = ()
     for jn in tl.static_range(len(z_at)):
         z, s = stored[2 * jn], stored[2 * jn + 1]
         if z_form[0]:
             if z_form[3] > 1:
-                z = (z >> z_form[4][jn]) & 15
+                z = (z >> (z_form[4][jn] + z_first)) & 15
             else:
                 z = (z.to(tl.int32) >> ((z_at[jn] & 1) * 4)) & 15
             z = (z ^ z_form[1]).to(tl.float32) - 8
@@ -331,7 +351,7 @@ def decode(stored, z_at, z_form: tl.constexpr, s_form: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "jobs", "per"])
 def gemm_kernel(
-    x, sums, words, zeros, scales, bias, y, partial, counters, blocks,
+    x, sums, words, zeros, scales, bias, y, partial, counters, blocks, takes,
     M, N, k_words, n_words, g, jobs, per,
     words_expert, zeros_expert, scales_expert,
     k_word_stride, n_word_stride, k_index_stride, n_index_stride,
@@ -343,15 +363,18 @@ def gemm_kernel(
     digits: tl.constexpr, shape: tl.constexpr, axes: tl.constexpr,
     n_bits: tl.constexpr, k_bits: tl.constexpr,
     BM: tl.constexpr, SLOTS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    SLICES: tl.constexpr, GROUPS: tl.constexpr, PER: tl.constexpr, WEIGH: tl.constexpr,
+    SLICES: tl.constexpr, STEPS: tl.constexpr, TAKERS: tl.constexpr,
+    GROUPS: tl.constexpr, PER: tl.constexpr, WEIGH: tl.constexpr,
     EXACT: tl.constexpr, FOLD: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr,
     STEADY: tl.constexpr, AHEAD: tl.constexpr, JOIN: tl.constexpr,
     GROUPED: tl.constexpr, BIAS: tl.constexpr, SPLIT: tl.constexpr, CHAIN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`per` chunks of SLICES times BK word rows, of one or more jobs; a job is one tile of y.
+    """`per` chunks of SLICES or STEPS times BK word rows, of one or more jobs: one tile of y each.
 
     x [M, chunks, slices, jk, BK] and its sums [chunks, slices, M] as `arrange_kernel` leaves them.
+    STEPS loads of words, one after the other, make a chunk: where k has no nibbles, jk = 1.
+    TAKERS: jobs that read the same words, each for the byte that `takes` names (see `bytewise`).
     Each constexpr line (outer, *inner) goes with its stride argument. Where GROUPED `blocks` is
     int32 [row blocks, 3]: expert, first row, end row. SPLIT: some job is done by several programs.
     FOLD: a slice lies in one group, so fp32 sums are scaled and not the weights, or it has GROUPS
@@ -364,11 +387,12 @@ def gemm_kernel(
     JK: tl.constexpr = len(k_shift)
     JN: tl.constexpr = len(n_shift)
     WIDE: tl.constexpr = BM * SLOTS
-    DIRECT: tl.constexpr = FOLD and not WEIGH and SLOTS == 1 and JOIN == JK
+    PIECES: tl.constexpr = JK // JOIN
+    DIRECT: tl.constexpr = FOLD and not WEIGH and SLOTS == 1 and PIECES * STEPS == 1
     PARTS: tl.constexpr = SLICES * GROUPS
     dtype: tl.constexpr = x.dtype.element_ty
-    chunks = tl.cdiv(k_words, SLICES * BK)
-    row_blocks = jobs // tl.cdiv(n_words, BN)
+    chunks = tl.cdiv(k_words, SLICES * STEPS * BK)
+    row_blocks = jobs // (tl.cdiv(n_words, BN) * TAKERS)
     last_group = (k_words * JK - 1) // g
     begin = tl.program_id(0) * per
     stop = tl.minimum(begin + per, jobs * chunks)
@@ -389,14 +413,22 @@ def gemm_kernel(
         slot = column // BM
         column = row + column % BM
         column_in = column < end
-        n_first = job // row_blocks * BN
+        taker = job // row_blocks % TAKERS
+        n_tile = job // row_blocks // TAKERS
+        n_first = n_tile * BN
         n_row = n_first + spread(tl.arange(0, BN), n_bits)
         n_in = n_row < n_words
         n_row_in = n_row if EVEN_N else tl.minimum(n_row, n_words - 1)
         n = place(n_row_in, n_index_stride, n_index)
+        byte, z_first = None, 0
+        if TAKERS > 1:
+            # A tensor that was loaded may be computed with in the layout of a product's operand.
+            byte = tl.load(takes + taker + tl.zeros((BN, 1), tl.int32))
+            n += tl.load(takes + TAKERS + taker)
+            z_first = tl.load(takes + 2 * TAKERS + taker)
         words_n = words_job + place(n_row_in, n_word_stride, n_word)[:, None]
         k_tile = spread(tl.arange(0, BK), k_bits)[None, :]
-        x_rows = x + column[None, :].to(tl.int64) * (chunks * SLICES * JK * BK)
+        x_rows = x + column[None, :].to(tl.int64) * (chunks * SLICES * STEPS * JK * BK)
         x_rows += tl.arange(0, JOIN * BK)[:, None]
         part_of = 0
         if SLICES > 1:
@@ -407,7 +439,7 @@ def gemm_kernel(
             part_of = tl.arange(0, GROUPS)[None, :]
         if len(digits) > 0:
             t = tl.arange(0, BN * BK)
-            words_tile = words_job + start(job // row_blocks, BN, n_word_stride, n_word)
+            words_tile = words_job + start(n_tile, BN, n_word_stride, n_word)
             for i in tl.static_range(0, len(digits), 4):
                 digit = t // digits[i] % digits[i + 1] * digits[i + 3]
                 if digits[i + 2] == 1:
@@ -434,19 +466,23 @@ def gemm_kernel(
             stored = fetch(zeros_job, scales_job, group, z_at, s_at,
                            zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
         for chunk in tl.range(first, last, num_stages=STAGES):
-            k_row = chunk * (SLICES * BK) + k_tile
-            if STEADY:
-                at = words_tile + start(chunk, SLICES * BK, k_word_stride, k_word)
-            else:
-                at = tl.minimum(k_row, k_words - 1)
-                at = words_n + place(at, k_word_stride, k_word)
-            w = tl.load(at) if EVEN_K else tl.load(at, k_row < k_words, other=0)
-            if len(digits) > 0:
-                w = tl.reshape(w, shape)
-                w = tl.permute(
-                    w, axes[0], axes[1], axes[2], axes[3], axes[4], axes[5], axes[6], axes[7]
-                )
-                w = tl.reshape(w, (BN, BK))
+            tiles = ()
+            for step in tl.static_range(STEPS):
+                tile = chunk * STEPS + step
+                k_row = tile * (SLICES * BK) + k_tile
+                if STEADY:
+                    at = words_tile + start(tile, SLICES * BK, k_word_stride, k_word)
+                else:
+                    at = tl.minimum(k_row, k_words - 1)
+                    at = words_n + place(at, k_word_stride, k_word)
+                w = tl.load(at) if EVEN_K else tl.load(at, k_row < k_words, other=0)
+                if len(digits) > 0:
+                    w = tl.reshape(w, shape)
+                    w = tl.permute(
+                        w, axes[0], axes[1], axes[2], axes[3], axes[4], axes[5], axes[6], axes[7]
+                    )
+                    w = tl.reshape(w, (BN, BK))
+                tiles += (w,)
             x_in = column_in
             if SLOTS > 1:
                 x_in = column_in & (slot == (chunk - first) % SLOTS)
@@ -458,7 +494,7 @@ def gemm_kernel(
                     group = tl.minimum(group, last_group)
                 after = fetch(zeros_job, scales_job, group, z_at, s_at,
                               zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
-                zs = decode(stored if AHEAD else after, z_at, z_form, s_form)
+                zs = decode(stored if AHEAD else after, z_at, z_first, z_form, s_form)
                 products = acc
                 if not WEIGH:
                     products = ()
@@ -470,15 +506,18 @@ def gemm_kernel(
                 products = parts
             else:
                 products = acc
-            for piece in tl.static_range(JK // JOIN):
-                xt = x_rows + (chunk * (SLICES * JK) + piece * JOIN) * BK
+            for piece in tl.static_range(STEPS * PIECES):
+                w = tiles[piece // PIECES]
+                xt = x_rows + (chunk * (SLICES * STEPS * JK) + piece * JOIN) * BK
                 xt = tl.load(xt, x_in[None, :], other=0.0)
                 added = ()
                 for jn in tl.static_range(JN):
                     weights = ()
-                    for jk in tl.static_range(piece * JOIN, piece * JOIN + JOIN):
+                    for jk in tl.static_range(piece % PIECES * JOIN, piece % PIECES * JOIN + JOIN):
                         if FOLD and not WEIGH:
-                            weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                            weight = centred(
+                                w, byte, k_shift[jk] + n_shift[jn], xor, extract, dtype
+                            )
                         else:
                             if GROUPS > 1:
                                 z, s = along(zs[2 * jn], BK), along(zs[2 * jn + 1], BK)
@@ -495,11 +534,13 @@ def gemm_kernel(
                                     zeros_job, scales_job, group // g, z2_at, s2_at,
                                     zg_stride, sg_stride, zg, sg, z_form, s_form,
                                 )  # fmt: skip
-                                z, s = decode(each, z2_at, z_form, s_form)
+                                z, s = decode(each, z2_at, 0, z_form, s_form)
                             if len(extract) > 0 and EXACT:
                                 weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, extract, dtype)
                             else:
-                                weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
+                                weight = centred(
+                                    w, None, k_shift[jk] + n_shift[jn], xor, extract, dtype
+                                )
                                 weight = ((weight.to(tl.float32) - z) * s).to(dtype)
                         weights += (weight,)
                     product = multiply(beside(weights), xt, products[jn], extract)
@@ -526,7 +567,7 @@ def gemm_kernel(
                                            n_offset)  # fmt: skip
                     zs = fetch(zeros_job, scales_job, (own // PER)[None, :], z2_at, s2_at,
                                zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
-                    zs = decode(zs, z2_at, z_form, s_form)
+                    zs = decode(zs, z2_at, 0, z_form, s_form)
                     finished, parts = (), ()
                     for jn in tl.static_range(JN):
                         part = products[jn] - zs[2 * jn] * total
@@ -553,7 +594,8 @@ def gemm_kernel(
                 finish(acc, y, bias, m, n, mask, N, n_offset, BIAS)
             else:
                 # Parts lie [sharer, m, jn, word row]: the order of acc, whatever the order of n.
-                part = partial + m[None, :].to(tl.int64) * N + (n_first + tl.arange(0, BN))[:, None]
+                row_of = n_first + taker * JN * n_words + tl.arange(0, BN)
+                part = partial + m[None, :].to(tl.int64) * N + row_of[:, None]
                 own = part + (tl.program_id(0) - before).to(tl.int64) * M * N
                 for jn in tl.static_range(JN):
                     tl.store(own + jn * n_words, acc[jn], mask)
@@ -610,6 +652,8 @@ class Tile:
     join: int = 1  # nibbles along k that one product takes
     by_address: bool = False  # load words in the order of their addresses (see `Order`)
     slices: int = 1  # of BK word rows each, that a chunk consists of: as many as warps, or one
+    steps: int = 1  # loads of BK word rows each, that a chunk consists of where k has no nibbles
+    takers: int = 1  # programs that read the same words: one, or four for a byte each
     groups: int = 1  # that BK word rows lie in
     weigh: bool = False  # scale weights, not sums
 
@@ -695,6 +739,28 @@ def plan(parts: tuple[Part, ...], linear: Linear) -> Plan:
 
 
 @cache
+def bytewise(own: Plan) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """Constants for programs that take a byte of each word, and the numbers that tell them apart.
+
+    The numbers, of each byte: b * 0x1111 + 0x4400, with which PTX's prmt puts byte b of two words
+    into the halves of one; the column of its first code; where its zero points' shifts begin.
+    """
+    n, bytes_ = own.codes.n, pairs(own.codes.n)
+    constants = {"n_shift": (0, 4), "n_offset": (0, bytes_[0][1] - bytes_[0][0])}
+    z_first = [0] * len(bytes_)
+    for name, part in (("z_form", own.z), ("s_form", own.s)):
+        across, down = (line(part.layout(own.linear), dim) for dim in (1, 0))
+        forms = [gathered(part, across, down, replace(n, offset=pair)) for pair in bytes_]
+        if part.coded and all(count > 1 for count, _ in forms):
+            z_first = [shifts[0] for _, shifts in forms]
+            forms = [(count, tuple(s - shifts[0] for s in shifts)) for count, shifts in forms]
+        form = forms[0] if len(set(forms)) == 1 else (1, 0)
+        constants[name] = (*own.constants[name][:3], *form) if name == "z_form" else form
+    selectors = (b * 0x1111 + 0x4400 for b in range(len(bytes_)))
+    return constants, (*selectors, *(first for first, _ in bytes_), *z_first)
+
+
+@cache
 def folds(side: Side, BK: int, g: int) -> bool:
     """Whether every BK word rows along k hold one range of k inside one group."""
     span = BK * len(side.offset)
@@ -747,16 +813,18 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
     # Words that follow each other along n in fewer than 64 bytes: a tile's rows are no long runs.
     scattered = any(own.n.word(i) != i for i in range(min(n, 16)))
     by_address = JK > 1 and own.n.word(min(1, n - 1)) == 1 and (M <= 16 or scattered)
-    slices, weigh = 1, groups > 1
+    slices, steps, takers, weigh = 1, 1, 1, groups > 1
     if JN > 2:
         BN, warps, join, resident = 16, 4, 1, 2
         if count > 1:
             BN, warps, resident = 32, 2, 4
+        elif M > 16 and len(pairs(own.n)) > 1 and any(folds(own.k, b, g) for b in (64, 128)):
+            BN, BK, steps, takers = 64, 32, 4 if folds(own.k, 128, g) else 2, 4
         elif M > 16:
             BM, weigh = 32, True
             if M > 32 and n >= 2048:
                 warps, resident = 2, 4
-        slices = warps if count == 1 else 1
+        slices = warps if count == takers == 1 else 1
     elif JN == 2:
         BN, warps, join, resident = 64, 4, 4, 2
         if count > 1:
@@ -775,7 +843,9 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
             join, resident = 4 if groups == 1 else 8, 2
     by_address = by_address and groups == slices == 1
     join = min(join, JK)
-    return Tile(BM, BN, BK, warps, resident, count, join, by_address, slices, groups, weigh)
+    return Tile(
+        BM, BN, BK, warps, resident, count, join, by_address, slices, steps, takers, groups, weigh
+    )
 
 
 def share(jobs: int, chunks: int, tile: Tile) -> int:
@@ -807,9 +877,10 @@ def launch(
     k, n = own.codes.k, own.codes.n
     words = packed[own.q.suffix].view(torch.int32)
     zeros, scales = packed[own.z.suffix], packed[own.s.suffix]
-    step = tile.slices * tile.BK  # word rows of a chunk
+    step = tile.slices * tile.steps * tile.BK  # word rows of a chunk
     chunks = triton.cdiv(k.words, step)
-    span = tile.BK * len(k.offset)
+    rows = tile.steps * tile.BK  # of a slice
+    span = rows * len(k.offset)
     arranged = torch.empty(M, chunks * tile.slices * span, dtype=x.dtype, device=device)
     totals = torch.empty(chunks * tile.slices, M, dtype=torch.float32, device=device)
     nvidia = device.type == "cuda" and torch.version.cuda is not None
@@ -822,12 +893,17 @@ def launch(
     if tile.by_address and even and steady(n.word, tile.BN) and steady(k.word, tile.BK):
         words_order = order(own.codes, tile.BN, tile.BK, deep=16 * tile.warps < tile.BN)
     words_order = words_order or Order((), (), (), (), ())
+    fold = folds(k, rows // tile.groups, own.linear.g)
+    constants, numbers, takes = own.constants, (), totals
+    if tile.takers > 1:
+        taken, numbers = bytewise(own)
+        constants = constants | taken
+        takes = torch.empty(len(numbers), dtype=torch.int32, device=device)
     arrange_kernel[(chunks * tile.slices, triton.cdiv(M, 4))](
-        x.contiguous(), arranged, totals, M, k.words, own.strides["k_index_stride"], **k_index,
-        k_bits=words_order.k_bits, BM=4, BK=tile.BK, CHAIN=chain, **pdl,
+        x.contiguous(), arranged, totals, takes, M, k.words, own.strides["k_index_stride"],
+        **k_index, k_bits=words_order.k_bits, numbers=numbers, BM=4, BK=rows, CHAIN=chain, **pdl,
     )  # fmt: skip
-    fold = folds(k, tile.BK // tile.groups, own.linear.g)
-    z_form, s_form = own.constants["z_form"], own.constants["s_form"]
+    z_form, s_form = constants["z_form"], constants["s_form"]
     if not fold:
         z_form, s_form = (*z_form[:3], 1, 0), (1, 0)
     if z_form[3] > 1:
@@ -836,7 +912,7 @@ def launch(
         zeros = zeros.view(torch.uint8)
     if s_form[0] > 1:
         scales = scales.view(torch.int32)
-    jobs = triton.cdiv(n.words, tile.BN)
+    jobs = triton.cdiv(n.words, tile.BN) * tile.takers
     jobs *= triton.cdiv(M, tile.BM) if blocks is None else len(blocks)
     per = share(jobs, chunks, tile)
     shared = per % chunks != 0
@@ -849,18 +925,19 @@ def launch(
         counters = _counters(device, stream)
     gemm_kernel[(triton.cdiv(jobs * chunks, per),)](
         arranged, totals, words, zeros, scales, y if bias is None else bias, y, partial, counters,
-        y if blocks is None else blocks,
+        y if blocks is None else blocks, takes,
         M, N, k.words, n.words, own.linear.g, jobs, per,
         words.stride(0), zeros.stride(0), scales.stride(0), **own.strides,
-        **own.constants | {"z_form": z_form, "s_form": s_form},
+        **constants | {"z_form": z_form, "s_form": s_form},
         extract=extraction(x.dtype, own.q.xor) if nvidia else (),
         BM=tile.BM, SLOTS=tile.slots, BN=tile.BN, BK=tile.BK, SLICES=tile.slices,
-        GROUPS=tile.groups, PER=own.linear.g * tile.groups // span if fold else 1,
+        STEPS=tile.steps, TAKERS=tile.takers, GROUPS=tile.groups,
+        PER=own.linear.g * tile.groups // span if fold else 1,
         WEIGH=tile.weigh, EXACT=packed[own.s.suffix].dtype == x.dtype, FOLD=fold,
         digits=words_order.digits, shape=words_order.shape, axes=words_order.axes,
         n_bits=words_order.n_bits, k_bits=words_order.k_bits, EVEN_K=even_k, EVEN_N=even_n,
-        JOIN=tile.join, STEADY=steady(k.word, step),
-        AHEAD=fold and tile.slots == 1 and len(n.offset) <= 2,
+        JOIN=tile.join, STEADY=steady(k.word, tile.slices * tile.BK),
+        AHEAD=fold and tile.slots == 1 and len(constants["n_offset"]) <= 2,
         GROUPED=blocks is not None, BIAS=bias is not None, SPLIT=shared, CHAIN=chain,
         STAGES=STAGES, num_warps=tile.warps, num_stages=STAGES,
         **pdl, **registers,
