@@ -1,11 +1,11 @@
 """The GPU kernels against float64, cuBLAS and the memory floor; writes a Markdown table.
 
-    python benchmarks/gemm.py --out benchmarks/gemm_h200.md
+    python benchmarks/gemm.py --out benchmarks/gemm_h100.md
 
 Every layout, g = 128. Latency: one CUDA graph over calls on different weights and activations,
 more of them than the L2 holds, timed by events; medians. cuBLAS is timed in the same run on fp16
 weights of the same shape, and so is SGLang's CUDA Marlin (sglang.jit_kernel.gptq_marlin) where it
-can be imported, once its result is ours. `--check` stops after one small call of every kernel (for
+can be imported, once its result is ours. `--check` stops after small calls of every kernel (for
 compute-sanitizer).
 """
 
@@ -19,6 +19,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -36,7 +37,7 @@ SHAPES = [(4096, 6144), (4096, 28672), (14336, 4096), (8192, 8192)]
 FEW, MANY = (1, 16, 64), (256, 1024, 4096)
 ROWS = (*FEW, *MANY)
 # Microseconds of the CUDA Marlin kernel on an H200, and of cuBLAS beside it, measured earlier, by
-# events around each call and not in a graph.
+# events around each call and not in a graph: shown where the GPU is one.
 MARLIN = {
     (4096, 6144): (15.0, 15.1, 33.2, 48.9, 156.6),
     (4096, 28672): (36.9, 37.8, 57.3, 184.4, 728.9),
@@ -229,7 +230,7 @@ def ratio(value: float, base: float | None) -> str:
     return f"{value:.1f} ({value / base:.2f})" if base else f"{value:.1f}"
 
 
-def row(name: str, values: Sequence[float], bases: Sequence[float] = ()) -> str:
+def row(name: str, values: Sequence[float], bases: Sequence[float | None] = ()) -> str:
     """A line of a table, each value with its ratio to a base where there is one."""
     cells = [ratio(v, b) for v, b in itertools.zip_longest(values, bases[: len(values)])]
     return f"| {name} | {' | '.join(cells)} |" + " |" * (len(ROWS) + 1 - len(values))
@@ -264,12 +265,13 @@ def report(errors: list[str], command: str) -> str:
     """The Markdown table; times every layout."""
     bandwidth = copy_bandwidth()
     times, small = measure()
+    quotes = "H200" in torch.cuda.get_device_name()
     heads = [f"M {M}" for M in ROWS]
     lines = [
         "# GPU kernels",
         "",
         f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"triton {triton.__version__}, 2026-11-22: `{command}`",
+        f"triton {triton.__version__}, {time.strftime('%Y-%m-%d')}: `{command}`",
         "",
         f"An elementwise kernel moves {bandwidth / 1e12:.2f} TB/s. Times in microseconds, fp16, g = 128, "
         "median of CUDA graph replays over weights that exceed the L2; all of few rows before those of "
@@ -279,14 +281,16 @@ def report(errors: list[str], command: str) -> str:
     ]
     for K, N in SHAPES:
         dense, peer = times[K, N, "cuBLAS"], times[K, N, "peer"]
+        quoted = MARLIN[K, N] if quotes else ()
+        base = peer or [*quoted, *[None] * (len(ROWS) - len(quoted))]
         lines += [
             f"## K {K}, N {N}",
             "",
             f"| | {' | '.join(heads)} | dequantize |",
             "|---" * (len(heads) + 2) + "|",
-            row("CUDA Marlin, quoted", MARLIN[K, N]),
-            *([row("CUDA Marlin, this run", peer, MARLIN[K, N])] if peer else []),
-            row("cuBLAS, quoted", CUBLAS[K, N]),
+            *([row("CUDA Marlin, quoted", quoted)] if quoted else []),
+            *([row("CUDA Marlin, this run", peer, quoted)] if peer else []),
+            *([row("cuBLAS, quoted", CUBLAS[K, N])] if quoted else []),
             row("cuBLAS, this run", dense),
         ]
         *marlin, _ = times[K, N, "marlin"]
@@ -295,10 +299,8 @@ def report(errors: list[str], command: str) -> str:
             parts = target.parts(Linear(K, N, 128))
             nbytes = sum(part.nbytes(Linear(K, N, 128)) for part in parts)
             floor, pass_floor = (n / bandwidth * 1e6 for n in (nbytes, nbytes + 2 * K * N))
-            lines.append(row(target.name, [*own, plain], [*MARLIN[K, N], None, pass_floor]))
+            lines.append(row(target.name, [*own, plain], [*base, pass_floor]))
             if target.name == "marlin":
-                if peer:
-                    lines.append(row("marlin / CUDA Marlin, this run", own, peer))
                 extra = [d + pass_floor for d in dense]
                 lines.append(row("marlin / (cuBLAS + floor of one pass)", own, extra))
                 lines.append(row("marlin / cuBLAS", own, dense))
@@ -322,8 +324,8 @@ def report(errors: list[str], command: str) -> str:
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        "In brackets: over the quoted Marlin time, or what the row names; for dequantize, over its",
-        "floor (packed read once, w written once).",
+        "In brackets: over CUDA Marlin (this run's where it ran, else the quoted time), or what the row",
+        "names; for dequantize, over its floor (packed read once, w written once).",
         "",
         "## Relative Frobenius error against float64",
         "",
@@ -350,6 +352,7 @@ def main() -> int:
             if options.check and target.name not in options.check:
                 continue
             print(*check(index, (1, 16, 64), 256, 256), sep="\n", flush=True)
+            print(*check(index, (64,), 256, 16384), sep="\n", flush=True)  # wide tiles
         return 0
     workers = min(len(TARGETS), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

@@ -268,12 +268,14 @@ def arrange_kernel(
     k = place(row, k_index_stride, k_index)
     x += m[:, None].to(tl.int64) * (k_words * JK) + k[None, :]
     out += m[:, None].to(tl.int64) * (tl.num_programs(0) * JK * BK) + chunk * JK * BK
-    total = tl.zeros((BM,), tl.float32)
+    values = ()  # loaded before any is stored: a load after a store would wait for it
     for jk in tl.static_range(JK):
-        value = tl.load(x + k_offset[jk], mask, other=0.0)
-        total += tl.sum(value.to(tl.float32), 1)
-        tl.store(out + jk * BK + tl.arange(0, BK)[None, :], value, (m < M)[:, None])
-    tl.store(sums + chunk * M + m, total, m < M)
+        values += (tl.load(x + k_offset[jk], mask, other=0.0),)
+    total = tl.zeros((BM, BK), tl.float32)
+    for jk in tl.static_range(JK):
+        total += values[jk].to(tl.float32)
+        tl.store(out + jk * BK + tl.arange(0, BK)[None, :], values[jk], (m < M)[:, None])
+    tl.store(sums + chunk * M + m, tl.sum(total, 1), m < M)
 
 
 @triton.jit
@@ -901,7 +903,8 @@ def launch(
         takes = torch.empty(len(numbers), dtype=torch.int32, device=device)
     arrange_kernel[(chunks * tile.slices, triton.cdiv(M, 4))](
         x.contiguous(), arranged, totals, takes, M, k.words, own.strides["k_index_stride"],
-        **k_index, k_bits=words_order.k_bits, numbers=numbers, BM=4, BK=rows, CHAIN=chain, **pdl,
+        **k_index, k_bits=words_order.k_bits, numbers=numbers, BM=4, BK=rows, CHAIN=chain,
+        num_warps=1, **pdl,
     )  # fmt: skip
     z_form, s_form = constants["z_form"], constants["s_form"]
     if not fold:
