@@ -23,7 +23,7 @@ from awqconv.targets.base import Linear, Target
 __all__ = ["dequantize", "gemm", "grouped_gemm"]
 
 # From this many rows on a pass of dequantization and a dense product are faster than the fused
-# kernel (benchmarks/gemm_h200.md).
+# kernel (benchmarks/gemm_h100.md).
 DENSE_ROWS = 65
 
 

@@ -795,7 +795,7 @@ def multiprocessors() -> int:
 
 
 def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
-    """The tile for M rows: a small table, measured (benchmarks/gemm_h200.md).
+    """The tile for M rows: a small table, measured (benchmarks/gemm_h100.md).
 
     What matters is JN, the accumulators a word feeds, and how many rows of x there are. `slots`:
     whether products of few rows may keep several groups apart.
