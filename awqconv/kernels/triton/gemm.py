@@ -856,7 +856,7 @@ def share(jobs: int, chunks: int, tile: Tile) -> int:
     if jobs >= 8 * tile.programs:
         return -(-per // chunks) * chunks
     if tile.BM > 8:  # the last of those that share a job sums their parts
-        per = max(per, -(-chunks // 16))
+        per = max(per, -(-chunks // 8))
     # Somewhat more for each, where no program then has parts of two jobs.
     whole = next((d for d in range(per, chunks + 1) if chunks % d == 0), per)
     fits = 3 * whole <= 4 * per and (whole < chunks or tile.BM > 16)
