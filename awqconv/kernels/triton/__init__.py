@@ -17,7 +17,8 @@ import triton
 
 from awqconv.errors import AwqconvError
 from awqconv.kernels.triton import dequant
-from awqconv.kernels.triton.gemm import Plan, choose, launch, plan
+from awqconv.kernels.triton.gemm import Plan, launch, plan
+from awqconv.kernels.triton.tiles import choose
 from awqconv.targets.base import Linear, Target
 
 __all__ = ["dequantize", "gemm", "grouped_gemm"]

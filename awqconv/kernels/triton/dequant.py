@@ -26,10 +26,10 @@ from awqconv.kernels.triton.gemm import (
     decode,
     extraction,
     fetch,
-    folds,
     joined,
     place,
 )
+from awqconv.kernels.triton.tiles import folds
 
 
 @triton.jit
