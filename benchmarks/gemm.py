@@ -351,8 +351,8 @@ def main() -> int:
         for index, target in enumerate(TARGETS):
             if options.check and target.name not in options.check:
                 continue
-            print(*check(index, (1, 16, 64), 256, 256), sep="\n", flush=True)
-            print(*check(index, (64,), 256, 16384), sep="\n", flush=True)  # wide tiles
+            print(*check(index, (1, 16, 32, 64), 256, 256), sep="\n", flush=True)
+            print(*check(index, (32, 64), 256, 16384), sep="\n", flush=True)  # wide tiles
         return 0
     workers = min(len(TARGETS), os.cpu_count() or 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

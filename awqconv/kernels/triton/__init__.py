@@ -24,8 +24,10 @@ from awqconv.targets.base import Linear, Target
 __all__ = ["dequantize", "gemm", "grouped_gemm"]
 
 # From this many rows on a pass of dequantization and a dense product are faster than the fused
-# kernel (benchmarks/gemm_h100.md).
+# kernel (benchmarks/gemm_h100.md), and from fewer on where that reads the words of a small matrix
+# four times (benchmarks/RESULTS.md).
 DENSE_ROWS = 65
+SMALL, DENSE_ROWS_SMALL = 1 << 24, 33
 
 
 def _weight(
@@ -70,8 +72,9 @@ def gemm(
     """y [M, N] = x @ ((q - z) * s) + bias in x's dtype, summed in float32.
 
     x: float16 or bfloat16 [M, K]; packed: the module's tensors by suffix; bias [N], any float.
-    Up to 64 rows words go straight to the tensor cores; for more, w is dequantized to x's dtype
-    and multiplied by the vendor's GEMM. Raises AwqconvError for shapes that do not match.
+    Up to 64 rows, 32 of some small matrices, words go straight to the tensor cores; for more, w is
+    dequantized to x's dtype and multiplied by the vendor's GEMM. Raises AwqconvError for shapes
+    that do not match.
     """
     _rows(x, linear)
     weight = _weight(packed, target, linear)
@@ -80,10 +83,12 @@ def gemm(
     own = _checked(packed, target, linear, experts=False)
     if len(x) == 0:
         return x.new_empty(0, linear.N)
-    if len(x) >= DENSE_ROWS:
+    tile = choose(own.codes, len(x), linear.g)
+    again = tile.takers > 1 and linear.K * linear.N < SMALL
+    if len(x) >= (DENSE_ROWS_SMALL if again else DENSE_ROWS):
         y = x @ dequantize(packed, target, linear, x.dtype)
         return y if bias is None else y.add_(bias)
-    return launch(x, packed, own, choose(own.codes, len(x), linear.g), bias)
+    return launch(x, packed, own, tile, bias)
 
 
 def grouped_gemm(
