@@ -83,9 +83,9 @@ def gemm(
     own = _checked(packed, target, linear, experts=False)
     if len(x) == 0:
         return x.new_empty(0, linear.N)
-    tile = choose(own.codes, len(x), linear.g)
-    again = tile.takers > 1 and linear.K * linear.N < SMALL
-    if len(x) >= (DENSE_ROWS_SMALL if again else DENSE_ROWS):
+    tile = choose(own.codes, len(x), linear.g) if len(x) < DENSE_ROWS else None
+    small = len(x) >= DENSE_ROWS_SMALL and linear.K * linear.N < SMALL
+    if tile is None or (small and tile.takers > 1):
         y = x @ dequantize(packed, target, linear, x.dtype)
         return y if bias is None else y.add_(bias)
     return launch(x, packed, own, tile, bias)

@@ -112,6 +112,7 @@ def side(layout: Layout, dim: int) -> Side:
     )
 
 
+@cache
 def pairs(at: Side) -> tuple[tuple[int, int], ...]:
     """The offsets of the two codes in each byte of a word, where all are of this dimension and as
     far apart in every byte; else none."""

@@ -73,7 +73,7 @@ def dequant_kernel(
     if FOLD:
         group = tl.program_id(1) * (BK * len(k_shift)) // g
         zs = fetch(zeros, scales, group, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form, (1, 0))
-        zs = decode(zs, z_at, 0, z_form, (1, 0))
+        zs = decode(zs, z_at, z_form, (1, 0))
     for jk in tl.static_range(len(k_shift)):
         row = k + k_offset[jk]
         if not FOLD:
@@ -81,11 +81,11 @@ def dequant_kernel(
             zs = fetch(
                 zeros, scales, groups, z_at, s_at, zg_stride, sg_stride, zg, sg, z_form, (1, 0)
             )
-            zs = decode(zs, z_at, 0, z_form, (1, 0))
+            zs = decode(zs, z_at, z_form, (1, 0))
         target = out + row.to(tl.int64)[:, None] * N
         values = ()
         for jn in tl.static_range(JN):
-            values += (centred(w, None, k_shift[jk] + n_shift[jn], xor, extract, dtype),)
+            values += (centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype),)
         if len(order) > 0:
             tile = tl.reshape(joined(values), digits)  # of JN matrices [BK, BN]
             tile = tl.permute(tile, order[0], order[1], order[2], order[3], order[4], order[5])

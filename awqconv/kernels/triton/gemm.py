@@ -75,8 +75,9 @@ def spread(index, bits: tl.constexpr):
 
 @triton.jit
 def centred(
-    words, byte, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr
-):
+    words, shift: tl.constexpr, xor: tl.constexpr, extract: tl.constexpr, dtype: tl.constexpr,
+    byte=None,
+):  # fmt: skip
     """The code at bit `shift` of each int32 word, minus 8, in fp16 or bf16; exact.
 
     `extract` is PTX for each of the eight nibbles (see `extraction`), or nothing. `byte`: None, or
@@ -327,7 +328,7 @@ def half(pair, index: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode(stored, z_at, z_first, z_form: tl.constexpr, s_form: tl.constexpr):
+def decode(stored, z_at, z_form: tl.constexpr, s_form: tl.constexpr, z_first=0):
     """What `fetch` returned as float32, zero points less 8.
 
     `z_form`: (coded, xor, 0, step, dtype or shifts), each zero point in the nibble of its
@@ -497,7 +498,7 @@ def gemm_kernel(
                     group = tl.minimum(group, last_group)
                 after = fetch(zeros_job, scales_job, group, z_at, s_at,
                               zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
-                zs = decode(stored if AHEAD else after, z_at, z_first, z_form, s_form)
+                zs = decode(stored if AHEAD else after, z_at, z_form, s_form, z_first)
                 products = acc
                 if not WEIGH:
                     products = ()
@@ -519,7 +520,7 @@ def gemm_kernel(
                     for jk in tl.static_range(piece % PIECES * JOIN, piece % PIECES * JOIN + JOIN):
                         if FOLD and not WEIGH:
                             weight = centred(
-                                w, byte, k_shift[jk] + n_shift[jn], xor, extract, dtype
+                                w, k_shift[jk] + n_shift[jn], xor, extract, dtype, byte
                             )
                         else:
                             if GROUPS > 1:
@@ -537,13 +538,11 @@ def gemm_kernel(
                                     zeros_job, scales_job, group // g, z2_at, s2_at,
                                     zg_stride, sg_stride, zg, sg, z_form, s_form,
                                 )  # fmt: skip
-                                z, s = decode(each, z2_at, 0, z_form, s_form)
+                                z, s = decode(each, z2_at, z_form, s_form)
                             if len(extract) > 0 and EXACT:
                                 weight = scaled(w, k_shift[jk] + n_shift[jn], z, s, extract, dtype)
                             else:
-                                weight = centred(
-                                    w, None, k_shift[jk] + n_shift[jn], xor, extract, dtype
-                                )
+                                weight = centred(w, k_shift[jk] + n_shift[jn], xor, extract, dtype)
                                 weight = ((weight.to(tl.float32) - z) * s).to(dtype)
                         weights += (weight,)
                     product = multiply(beside(weights), xt, products[jn], extract)
@@ -570,7 +569,7 @@ def gemm_kernel(
                                            n_offset)  # fmt: skip
                     zs = fetch(zeros_job, scales_job, (own // PER)[None, :], z2_at, s2_at,
                                zg_stride, sg_stride, zg, sg, z_form, s_form)  # fmt: skip
-                    zs = decode(zs, z2_at, 0, z_form, s_form)
+                    zs = decode(zs, z2_at, z_form, s_form)
                     finished, parts = (), ()
                     for jn in tl.static_range(JN):
                         part = products[jn] - zs[2 * jn] * total

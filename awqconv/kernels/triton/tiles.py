@@ -89,8 +89,8 @@ def choose(own: Codes, M: int, g: int, slots: bool = True) -> Tile:
         BN, warps, join, resident = 16, 4, 1, 2
         if count > 1:
             BN, warps, resident = 32, 2, 4
-        elif M > 16 and len(pairs(own.n)) > 1 and any(folds(own.k, b, g) for b in (64, 128)):
-            BN, BK, steps, takers = 64, 32, 4 if folds(own.k, 128, g) else 2, 4
+        elif M > 16 and pairs(own.n) and folds(own.k, 64, g):
+            BN, BK, steps, takers = 64, 32, 4 if folds(own.k, 128, g) else 2, len(pairs(own.n))
         elif M > 16:
             BM, weigh = 32, True
             if M > 32 and n >= 2048:
